@@ -1,0 +1,171 @@
+"""Validation loss of the byte GPT of `examples/train_gpt.py` under each optimizer, every lr from one grid.
+
+python benchmarks/byte_gpt.py --out docs/results/byte_gpt.json            the grid on one seed, more seeds of the best
+python benchmarks/byte_gpt.py --smoke --out /tmp/smoke.json               a minute on a CPU
+
+AdamW trains embedding and head beside every other optimizer, at --adamw-lr. Results are written after every run.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "examples")]
+
+GRID = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+METHODS = {
+    "adamw": {},
+    "muon": {},
+    "galore r8": {"rank": 8},
+    "mofasgd r8": {"rank": 8, "complement": 0.0},
+    "mofasgd r8 c1": {"rank": 8, "complement": 1.0},
+    "mofasgd r8 c2": {"rank": 8, "complement": 2.0},
+    "mofasgd r8 c2, bases of 2r": {"rank": 8, "complement": 2.0, "wide": True},
+    "galore r32": {"rank": 32},
+    "mofasgd r32": {"rank": 32, "complement": 0.0},
+    "mofasgd r32 c2": {"rank": 32, "complement": 2.0},
+    "mofasgd r32 c2, bases of 2r": {"rank": 32, "complement": 2.0, "wide": True},
+}
+
+
+class Joint(torch.optim.Optimizer):
+    """Two optimizers behind one interface, with groups that one scheduler can drive."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+        super().__init__([{"params": g["params"], "lr": g["lr"]} for p in parts for g in p.param_groups], {})
+
+    def step(self, closure=None):
+        own = iter(self.param_groups)
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = next(own)["lr"]
+            part.step()
+
+
+def wide_mofasgd():
+    """Return MoFaSGD whose complement leaves out the 2r-dimensional spaces [U GV] and [V G'U]: the variant compared."""
+    from mofasgd import MoFaSGD
+    from mofasgd.complement import complement_scale, normalized_complement
+    from mofasgd.momentum import sketch
+
+    class Wide(MoFaSGD):
+        def _displace(self, member, before, after):
+            plain = {**member.group, "complement": 0.0}
+            move = super()._displace(type(member)(**{**vars(member), "group": plain}), before, after)
+            G = member.gradient()
+            GV, GtU = sketch(G, before.U, before.V)
+            U = torch.linalg.qr(torch.cat([before.U, GV], dim=-1))[0]
+            V = torch.linalg.qr(torch.cat([before.V, GtU], dim=-1))[0]
+            extra = normalized_complement(U, V, *sketch(G, U, V), G)
+            return move._replace(extra=extra * complement_scale(member.group["complement"], *G.shape[-2:]))
+
+    return Wide
+
+
+def build(model, method, lr, adamw_lr):
+    from mofasgd import MoFaSGD, param_groups
+    from mofasgd.app.galore import GaLore
+
+    rest = [model.embedding.weight, model.head.weight]
+    options = dict(METHODS[method])
+    adamw = {"betas": (0.9, 0.95), "weight_decay": 0.0}
+    if method == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=lr, **adamw)
+    if method == "muon":
+        muon = torch.optim.Muon(model.blocks.parameters(), lr=lr, weight_decay=0.0)
+        return Joint(muon, torch.optim.AdamW(rest, lr=adamw_lr, **adamw))
+    if method.startswith("galore"):
+        groups = [
+            {"params": list(model.blocks.parameters()), "rank": options["rank"]},
+            {"params": rest, "lr": adamw_lr},
+        ]
+        return GaLore(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8)
+    kind = wide_mofasgd() if options.pop("wide", False) else MoFaSGD
+    return kind(param_groups(model, lr=lr, adamw_lr=adamw_lr, head=model.head, **options))
+
+
+def run(method, lr, seed, args):
+    import train_gpt
+
+    torch.set_num_threads(1 if args["device"] == "cuda" else torch.get_num_threads())
+    torch.manual_seed(seed)
+    model = train_gpt.GPT().to(args["device"])
+    optimizer = build(model, method, lr, args["adamw_lr"])
+    begin = time.perf_counter()
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout, kept = nowhere, sys.stdout
+        try:
+            loss = train_gpt.train(model, optimizer, args["steps"], args["batch"], seed)
+        finally:
+            sys.stdout = kept
+    return {"method": method, "lr": lr, "seed": seed, "loss": loss, "seconds": round(time.perf_counter() - begin, 1)}
+
+
+def environment():
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device,
+        "git": git.stdout.strip(),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--adamw-lr", type=float, default=3e-3)
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="of the best lr of each method, the grid's seed 0 included"
+    )
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the losses do not depend on it")
+    parser.add_argument("--smoke", action="store_true", help="4 steps, two learning rates")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = vars(parser.parse_args())
+    grid = GRID
+    if args["smoke"]:
+        args["steps"], args["seeds"], grid = 4, 2, GRID[2:4]
+    shared = {k: args[k] for k in ("steps", "batch", "adamw_lr", "device")}
+    result = {"command": " ".join(sys.argv), "environment": environment(), "settings": shared, "grid": grid, "runs": []}
+
+    def sweep(jobs):
+        with ProcessPoolExecutor(args["jobs"], mp_context=get_context("spawn")) as pool:
+            for future in as_completed([pool.submit(run, *job, shared) for job in jobs]):
+                result["runs"].append(future.result())
+                print(result["runs"][-1], flush=True)
+                args["out"].write_text(json.dumps(result, indent=1))
+
+    sweep([(method, lr, 0) for method in args["methods"] for lr in grid])
+    best = {}
+    for method in args["methods"]:
+        runs = [r for r in result["runs"] if r["method"] == method]
+        best[method] = min(runs, key=lambda r: r["loss"] if r["loss"] == r["loss"] else float("inf"))["lr"]
+    sweep([(method, lr, seed) for method, lr in best.items() for seed in range(1, args["seeds"])])
+    result["table"] = []
+    for method, lr in best.items():
+        losses = [r["loss"] for r in result["runs"] if (r["method"], r["lr"]) == (method, lr)]
+        spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
+        row = {"method": method, "lr": lr, "loss": statistics.mean(losses), "std": spread, "seeds": len(losses)}
+        result["table"].append(row)
+        print("{method:28s} lr {lr:<7g} {loss:.4f} +- {std:.4f} ({seeds} seeds)".format(**row))
+    args["out"].write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The training application and the baselines it compares with."""

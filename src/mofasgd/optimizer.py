@@ -1,0 +1,421 @@
+"""The MoFaSGD optimizer: one `torch.optim.Optimizer` for a whole model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mofasgd.adamw import adamw_step
+from mofasgd.apply import Rounding
+from mofasgd.factored import Context, Displacement, Member, Start, Update, displacement
+from mofasgd.layout import MatrixShape, matrix_shape
+from mofasgd.momentum import Factors
+from mofasgd.options import Group, check_choice, check_number, complete
+from mofasgd.solver import SOLVERS
+from mofasgd.state import adamw_shapes, check_saved, factored_shapes, new_adamw, new_factored, restore
+
+_WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_STATE_DTYPES = (torch.float32, torch.float64)
+
+
+class MoFaSGD(Optimizer):
+    r"""Spectrally normalized SGD with a rank-r factored momentum (MoFaSGD), and AdamW for what is not factored.
+
+    For a weight W (m x n) with gradient G the first moment is kept as M = U diag(s) V' of rank r:
+
+    .. math::
+        (U, s, V) &\leftarrow \mathrm{SVD}_r(\beta M + \hat G), \qquad
+            \hat G = U U^\top G + G V V^\top - U U^\top G V V^\top \\
+        W &\leftarrow (1 - \mathrm{lr}\,\lambda) W - \mathrm{lr}\,\mathrm{scale}\,(U V^\top + c\sqrt{\min(m, n)}\, E)
+
+    where E is the row-normalized part of G that the projection loses (`complement` = c; 0 is the paper's step).
+    The state is (m + n + 1) r numbers instead of AdamW's 2 m n.
+
+    Args:
+        params: tensors, or groups as `mofasgd.param_groups(model)` makes them. Group keys: `algorithm` ("mofasgd",
+            the default, or "adamw"); for mofasgd `lr`, `rank`, `beta`, `weight_decay`, `complement`, `update`,
+            `lr_scale`, `layout` ("matrix", "flatten", "stack"; default by the number of dimensions) and
+            `transposed` (rows are inputs); for adamw `lr`, `betas`, `eps`, `weight_decay`.
+        lr: learning rate: spectral norm of the change of W in one step, before `lr_scale`. A float or 0-dim tensor.
+        rank: r, lowered (with a warning) for a matrix whose smaller side is below it.
+        beta: momentum decay in [0, 1). The recursion is beta M + Ghat, without a factor (1 - beta).
+        weight_decay: decoupled; W shrinks by lr * weight_decay a step. At lr 0.02 a decay of 0.1 forgets a
+            pretrained matrix within 500 steps.
+        complement: c >= 0, weight of the normalized complement; 1 to 2 for pre-training.
+        update: "polar" (the paper's U V') or "reciprocal" (the authors' code: U diag(1/s) V').
+        lr_scale: "spectral" (lr times sqrt(max(1, out / in))), "none", or "match_rms_adamw" (root mean square of
+            the update 0.2 lr, so that a learning rate of AdamW carries over).
+        max_grad_norm: clip the gradient to this norm, over all parameters by one factor; None does not clip.
+            Factored parameters count with the norm of Ghat.
+        state_dtype: dtype of factors and of AdamW's moments, float32 or float64.
+        stochastic_rounding: round bfloat16 weights at random, unbiased and reproducible, instead of to nearest.
+        solver: "svd" (exact) or "auto" (best for device and size).
+        seed: of the start's test matrices and of stochastic rounding; torch's generators are not used.
+        adamw_betas, adamw_eps: defaults of the AdamW groups.
+        eta1, clip_eps, max_value: for update="reciprocal" only: factor of the step, the singular value at or below
+            which a direction does not move, and the largest reciprocal. Defaults 1, 1e-4, 1e4.
+
+    Raises:
+        ValueError: for a value out of range, an unknown or ineffective key, or a parameter that cannot be factored.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> opt = MoFaSGD(param_groups(model, rank=4, lr=0.02))
+        >>> model(torch.randn(16, 64)).square().mean().backward()
+        >>> opt.step(); opt.zero_grad()
+
+    Source: "Low-rank Momentum Factorization for Memory Efficient Training", TMLR 2025. Deviations are listed in
+    `mofasgd.momentum`; the published code's own step is `mofasgd.paper.AuthorsMFSGD`.
+    """
+
+    # GradScaler then hands over `grad_scale` and `found_inf` instead of deciding on the host.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 0.02,
+        *,
+        rank: int = 32,
+        beta: float = 0.95,
+        weight_decay: float = 0.0,
+        complement: float = 0.0,
+        update: str = "polar",
+        lr_scale: str = "spectral",
+        max_grad_norm: float | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        stochastic_rounding: bool = True,
+        solver: str = "auto",
+        seed: int = 0,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        eta1: float | None = None,
+        clip_eps: float | None = None,
+        max_value: float | None = None,
+    ) -> None:
+        check_choice("solver", solver, tuple(SOLVERS))
+        if state_dtype not in _STATE_DTYPES:
+            raise ValueError(
+                f"state_dtype={state_dtype} should be float32 or float64: bfloat16 factors lose orthonormality"
+            )
+        self.max_grad_norm = max_grad_norm
+        self.state_dtype, self.stochastic_rounding = state_dtype, stochastic_rounding
+        self.solver, self.seed = solver, seed
+        self._factored_defaults: Group = {
+            "lr": lr,
+            "rank": rank,
+            "beta": beta,
+            "weight_decay": weight_decay,
+            "complement": complement,
+            "update": update,
+            "lr_scale": lr_scale,
+            "layout": None,
+            "transposed": False,
+        }
+        reciprocal = {"eta1": eta1, "clip_eps": clip_eps, "max_value": max_value}
+        self._factored_defaults |= {key: value for key, value in reciprocal.items() if value is not None}
+        self._adamw_defaults: Group = {
+            "lr": lr,
+            "betas": adamw_betas,
+            "eps": adamw_eps,
+            "weight_decay": weight_decay,
+        }
+        # Checked even if every group brings its own values.
+        complete({"algorithm": "mofasgd"}, self._factored_defaults, self._adamw_defaults)
+        complete({"algorithm": "adamw"}, self._factored_defaults, self._adamw_defaults)
+        if update == "polar" and self._factored_defaults.keys() & reciprocal.keys():
+            key = next(iter(self._factored_defaults.keys() & reciprocal.keys()))
+            raise ValueError(f"{key}={reciprocal[key]!r} takes effect with update='reciprocal' only: drop it")
+        self._pending: set[Tensor] | None = None
+        self._norm: Tensor | None = None
+        self._nonfinite: Tensor | int = 0
+        # torch fills these into every group; what only one algorithm reads is filled by add_param_group.
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """Norm to which the gradient of all parameters is clipped, or None."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        if value is not None:
+            check_number("max_grad_norm", value, 0.0, open_low=True)
+        self._max_grad_norm = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as in torch; checks its keys, its values and that its parameters can be factored."""
+        super().add_param_group(complete(param_group, self._factored_defaults, self._adamw_defaults))
+        group = self.param_groups[-1]
+        try:
+            self._check_parameters(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._pending = None
+
+    def _check_parameters(self, group: Group) -> None:
+        for position, param in enumerate(group["params"]):
+            name = self._name(group, position)
+            if type(param.data).__name__ == "DTensor":
+                raise ValueError(f"{name} is a DTensor: sharded weights are not supported yet, use replicas (DDP)")
+            if param.dtype not in _WEIGHT_DTYPES:
+                raise ValueError(f"{name} is {param.dtype}: train weights in bfloat16, float32 or float64")
+            if group["algorithm"] == "adamw":
+                continue
+            try:
+                shape = matrix_shape(group["layout"], tuple(param.shape))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            if min(shape.m, shape.n) < group["rank"]:
+                warnings.warn(
+                    f"{name} is {shape.m} x {shape.n}: its rank is lowered from {group['rank']} to "
+                    f"{min(shape.m, shape.n)}",
+                    stacklevel=5,
+                )
+
+    def _name(self, group: Group, position: int) -> str:
+        names = group.get("param_names")
+        return f"parameter {names[position]!r}" if names else f"parameter {position} of its group"
+
+    def _parameters(self) -> Iterator[tuple[int, Tensor, Group]]:
+        """Yield (index as in state_dict, parameter, group)."""
+        pairs = chain.from_iterable(((p, g) for p in g["params"]) for g in self.param_groups)
+        for index, (param, group) in enumerate(pairs):
+            yield index, param, group
+
+    def materialize(self) -> None:
+        """Make the state of every trainable parameter now, pending, without a gradient (for checkpoint libraries)."""
+        for index, param, group in self._parameters():
+            if param.requires_grad and not self.state[param]:
+                self.state[param] = self._new_state(index, param, group)
+        if self._pending is None:
+            self._pending = {p for p, s in self.state.items() if "initialized" in s and not s["initialized"].all()}
+
+    def _new_state(self, index: int, param: Tensor, group: Group) -> dict[str, Tensor]:
+        self._pending = None
+        if group["algorithm"] == "adamw":
+            return new_adamw(param, self.state_dtype)
+        shape, rank = self._shape(param, group)
+        return new_factored(param, shape, rank, self.state_dtype)
+
+    @staticmethod
+    def _shape(param: Tensor, group: Group) -> tuple[MatrixShape, int]:
+        shape = matrix_shape(group["layout"], tuple(param.shape))
+        return shape, min(group["rank"], shape.m, shape.n)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step with the gradients in `p.grad`, which are read only; return the closure's loss.
+
+        A parameter without a gradient, or a matrix whose sketch is exactly zero, does not move, does not decay and
+        keeps its momentum. A parameter whose gradient is not finite is left as it was and counted in
+        `nonfinite_steps`.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.materialize()
+        # Set by GradScaler for the time of this call.
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        gate = None if found_inf is None else found_inf.reshape(()) == 0
+
+        updates, vectors = self._observe(gate)
+        grads = [(p, p.grad) for _, p, _ in vectors]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for _, g in grads]
+        finite = [norm.isfinite() for norm in norms]
+        factor = self._measure(updates, norms, finite, grad_scale)
+        for update in updates:
+            update.take(factor)
+        for (index, param, group), ok in zip(vectors, finite, strict=True):
+            self._step_adamw(index, param, group, ok if gate is None else ok & gate, factor)
+        self._settle(updates)
+        return loss
+
+    def _observe(self, gate: Tensor | None) -> tuple[list[Update], list[tuple[int, Tensor, Group]]]:
+        """Return the observed factored parameters with a gradient, in batches, and the AdamW ones."""
+        context = Context(SOLVERS[self.solver], self._displace, self.seed, self.stochastic_rounding, gate)
+        updates: list[Update] = []
+        vectors: list[tuple[int, Tensor, Group]] = []
+        buckets: dict[tuple[Any, ...], list[Member]] = {}
+        assert self._pending is not None
+        for index, param, group in self._parameters():
+            if param.grad is None:
+                continue
+            if param.grad.is_sparse:
+                raise ValueError(f"parameter {index} has a sparse gradient: build its embedding with sparse=False")
+            if group["algorithm"] == "adamw":
+                vectors.append((index, param, group))
+                continue
+            shape, _ = self._shape(param, group)
+            member = Member(index, param, group, self.state[param], shape)
+            if param in self._pending:
+                updates.append(Start(member, context))
+            else:
+                key = (id(group), shape, member.state["s"].shape[-1], param.device)
+                buckets.setdefault(key, []).append(member)
+        updates += [Update(members, context) for members in buckets.values()]
+        return updates, vectors
+
+    def _displace(self, member: Member, before: Factors, after: Factors) -> Displacement:
+        return displacement(member, before, after)
+
+    def _measure(
+        self, updates: list[Update], norms: list[Tensor], finite: list[Tensor], grad_scale: Tensor | None
+    ) -> Tensor | None:
+        """Set the gradient's norm, count non-finite steps, and return the factor of all gradients (None: 1)."""
+        squares = [u.square_norm for u in updates]
+        squares += [torch.where(ok, n.square(), 0.0) for n, ok in zip(norms, finite, strict=True)]
+        if not squares:
+            self._norm = torch.zeros((), dtype=torch.float64)
+            return None
+        device = squares[0].device
+        norm = torch.stack([s.to(device) for s in squares]).sum().sqrt()
+        flags = torch.cat([f.reshape(-1).to(device) for f in [*(u.finite for u in updates), *finite]])
+        self._nonfinite = self._nonfinite + (~flags.all()).to(torch.int64)
+        factor = None
+        if grad_scale is not None:
+            factor = 1 / grad_scale.reshape(()).to(device, torch.float64)
+            norm = norm * factor
+        self._norm = norm
+        if self.max_grad_norm is not None:
+            clip = (self.max_grad_norm / norm).clamp(max=1.0)
+            factor = clip if factor is None else factor * clip
+        return factor
+
+    def _step_adamw(self, index: int, param: Tensor, group: Group, active: Tensor, factor: Tensor | None) -> None:
+        assert param.grad is not None
+        state = self.state[param]
+        grad = param.grad if factor is None else param.grad.to(self.state_dtype) * factor.to(param.device)
+        rounding = Rounding.of(self.stochastic_rounding, self.seed, index, state["step"])
+        keys = ("lr", "betas", "eps", "weight_decay")
+        adamw_step(param, grad, state, active=active, rounding=rounding, **{k: group[k] for k in keys})
+
+    def _settle(self, updates: list[Update]) -> None:
+        """Drop the matrices that have started from the pending ones. Waits for the device while any is pending."""
+        assert self._pending is not None
+        for update in updates:
+            if isinstance(update, Start) and update.members[0].state["initialized"].all():
+                self._pending.discard(update.members[0].param)
+
+    def grad_norm(self) -> Tensor:
+        """Return the norm of the gradient that the last `step` saw, before clipping: 0-dim float64, on its device.
+
+        Factored parameters count with |Ghat|, or |M_1| in their first window; non-finite ones are left out.
+        """
+        return torch.zeros((), dtype=torch.float64) if self._norm is None else self._norm.clone()
+
+    @property
+    def nonfinite_steps(self) -> int:
+        """Number of steps in which some parameter's gradient was not finite. Reading it waits for the device."""
+        self._nonfinite = int(self._nonfinite)
+        return self._nonfinite
+
+    def factors(self, param: Tensor) -> Factors:
+        """Return (U, s, V) of a factored parameter: copies in `state_dtype`; zeros while it is pending.
+
+        Shapes (*lead, m, r), (*lead, r), (*lead, n, r), `lead` being the stacked dimensions.
+        """
+        for index, own, group in self._parameters():
+            if own is param and group["algorithm"] == "mofasgd":
+                if not self.state[param]:
+                    self.state[param] = self._new_state(index, param, group)
+                return Factors(*(self.state[param][key].clone() for key in "UsV"))
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} has no factors: it is not in a group with algorithm='mofasgd'"
+        )
+
+    def momentum(self, param: Tensor) -> Tensor:
+        """Return the dense first moment M of a factored parameter, in its shape and `state_dtype` (for study)."""
+        U, s, V = self.factors(param)
+        return ((U * s[..., None, :]) @ V.mT).reshape(param.shape)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state_dict and `nonfinite_steps`, an int. Tensors and numbers only."""
+        return {**super().state_dict(), "nonfinite_steps": self.nonfinite_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict; the state keeps its own dtypes and is copied.
+
+        Raises:
+            ValueError: if it does not fit this optimizer; then nothing has changed.
+        """
+        restored: dict[Tensor, dict[str, Tensor]] = {}
+
+        def check(_: Optimizer, loaded: dict[str, Any]) -> None:
+            restored.update(self._check_loaded(loaded))
+
+        def put_back(_: Optimizer) -> None:
+            # torch has cast floating state to the dtype of the weights: bfloat16 factors would be lost factors.
+            self.state.update(restored)
+
+        # Registered now, so that hooks of the user have run before ours and run after it, respectively.
+        handles = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(put_back, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._nonfinite = int(state_dict.get("nonfinite_steps", 0))
+        self._pending = None
+
+    def _check_loaded(self, loaded: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
+        """Return copies of the loaded state by parameter, or raise ValueError."""
+        if not isinstance(loaded, dict) or not {"state", "param_groups"} <= loaded.keys():
+            raise ValueError("this is no optimizer state_dict: it has no 'state' and 'param_groups'")
+        saved_groups = loaded["param_groups"]
+        if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
+            raise ValueError(
+                f"the saved optimizer has groups of {[len(g['params']) for g in saved_groups]} parameters, this one "
+                f"of {[len(g['params']) for g in self.param_groups]}: build it from the same model and options"
+            )
+        result: dict[Tensor, dict[str, Tensor]] = {}
+        ids = chain.from_iterable(g["params"] for g in saved_groups)
+        saved_group_of = chain.from_iterable([g] * len(g["params"]) for g in saved_groups)
+        for saved_id, saved_group, (index, param, _) in zip(ids, saved_group_of, self._parameters(), strict=True):
+            entry = loaded["state"].get(saved_id)
+            if not entry:
+                continue
+            expected = self._expected_shapes(param, saved_group)
+            check_saved(entry, expected, f"parameter {index}")
+            result[param] = restore(entry, param.device)
+        return result
+
+    def _expected_shapes(self, param: Tensor, saved_group: Group) -> dict[str, tuple[int, ...]]:
+        if saved_group.get("algorithm") not in ("mofasgd", "adamw"):
+            raise ValueError("the saved groups have no 'algorithm': this state_dict was saved by another optimizer")
+        if saved_group["algorithm"] == "adamw":
+            return adamw_shapes(tuple(param.shape))
+        return factored_shapes(*self._shape(param, saved_group))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps only groups and state; copies and pickles need the settings too.
+        own = (
+            "_max_grad_norm",
+            "state_dtype",
+            "stochastic_rounding",
+            "solver",
+            "seed",
+            "_nonfinite",
+            "_norm",
+        )
+        kept = {key: self.__dict__[key] for key in (*own, "_factored_defaults", "_adamw_defaults")}
+        parent: dict[str, Any] = super().__getstate__()
+        return {**parent, **kept, "_pending": None}

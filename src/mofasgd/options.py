@@ -1,0 +1,127 @@
+"""Group keys of the two algorithms: defaults, and checks whose errors name the value and the fix."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from torch import Tensor
+
+from mofasgd.layout import LAYOUTS
+
+Group = dict[str, Any]
+
+ALGORITHMS = ("mofasgd", "adamw")
+UPDATES = ("polar", "reciprocal")
+LR_SCALES = ("none", "spectral", "match_rms_adamw")
+RECIPROCAL_DEFAULTS: Group = {"eta1": 1.0, "clip_eps": 1e-4, "max_value": 1e4}
+"""The authors' class defaults; keys that only update='reciprocal' reads."""
+
+FACTORED_KEYS = (
+    "lr",
+    "rank",
+    "beta",
+    "weight_decay",
+    "complement",
+    "update",
+    "lr_scale",
+    "layout",
+    "transposed",
+    *RECIPROCAL_DEFAULTS,
+)
+ADAMW_KEYS = ("lr", "betas", "eps", "weight_decay")
+# Written into groups by torch's schedulers and by logging callbacks; they change nothing here.
+_FOREIGN_KEYS = ("params", "param_names", "algorithm", "name", "initial_lr", "max_lr", "min_lr", "swa_lr")
+
+
+def did_you_mean(word: str, known: tuple[str, ...]) -> str:
+    """Return "; did you mean 'x'?" for the nearest of `known`, or the list of them."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `known`."""
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown{did_you_mean(str(value), known)}")
+
+
+def check_number(name: str, value: object, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
+    """Raise ValueError unless low <= value < high (low < value if `open_low`). Tensors pass: reading one would wait."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}: give one number")
+        return
+    above = isinstance(value, (int, float)) and (value > low if open_low else value >= low)
+    if isinstance(value, bool) or not above or not value < high:  # type: ignore[operator]
+        raise ValueError(f"{name}={value!r} should be in {'(' if open_low else '['}{low:g}, {high:g})")
+
+
+def _check_factored(group: Group) -> None:
+    check_number("lr", group["lr"], 0.0)
+    check_number("beta", group["beta"], 0.0, 1.0)
+    check_number("weight_decay", group["weight_decay"], 0.0)
+    check_number("complement", group["complement"], 0.0)
+    rank = group["rank"]
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank={rank!r} should be a whole number of at least 1")
+    check_choice("update", group["update"], UPDATES)
+    check_choice("lr_scale", group["lr_scale"], LR_SCALES)
+    if group["layout"] is not None:
+        check_choice("layout", group["layout"], LAYOUTS)
+    if not isinstance(group["transposed"], bool):
+        raise ValueError(f"transposed={group['transposed']!r} should be True or False")
+    if group["update"] == "polar":
+        for key in RECIPROCAL_DEFAULTS:
+            if key in group:
+                raise ValueError(f"{key}={group[key]!r} takes effect with update='reciprocal' only: drop it")
+        return
+    check_number("eta1", group["eta1"], 0.0)
+    check_number("clip_eps", group["clip_eps"], 0.0)
+    check_number("max_value", group["max_value"], 0.0, open_low=True)
+    if group["lr_scale"] == "match_rms_adamw":
+        raise ValueError(
+            "lr_scale='match_rms_adamw' assumes a step of singular values 1; with update='reciprocal' use "
+            "lr_scale='none' or 'spectral'"
+        )
+
+
+def _check_adamw(group: Group) -> None:
+    check_number("lr", group["lr"], 0.0)
+    check_number("eps", group["eps"], 0.0)
+    check_number("weight_decay", group["weight_decay"], 0.0)
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas={betas!r} should be a pair of numbers in [0, 1)")
+    check_number("betas[0]", betas[0], 0.0, 1.0)
+    check_number("betas[1]", betas[1], 0.0, 1.0)
+
+
+def complete(group: Group, factored: Group, adamw: Group) -> Group:
+    """Return `group` with the defaults of its algorithm filled in, checked.
+
+    Args:
+        group: as the user gave it; `algorithm` defaults to "mofasgd".
+        factored, adamw: defaults of the two algorithms.
+
+    Raises:
+        ValueError: for an unknown key, a key that its algorithm would ignore, or a value out of range.
+    """
+    algorithm = group.get("algorithm", "mofasgd")
+    check_choice("algorithm", algorithm, ALGORITHMS)
+    own, other = (FACTORED_KEYS, ADAMW_KEYS) if algorithm == "mofasgd" else (ADAMW_KEYS, FACTORED_KEYS)
+    for key in group:
+        if key in own or key in _FOREIGN_KEYS:
+            continue
+        if key in other:
+            raise ValueError(f"{key!r} has no effect in a group with algorithm={algorithm!r}: drop it")
+        raise ValueError(f"group key {key!r} is unknown{did_you_mean(key, own)}")
+    defaults = dict(factored if algorithm == "mofasgd" else adamw)
+    if algorithm == "mofasgd":
+        polar = group.get("update", defaults["update"]) == "polar"
+        defaults = {k: v for k, v in defaults.items() if not (polar and k in RECIPROCAL_DEFAULTS)}
+        if not polar:
+            defaults = RECIPROCAL_DEFAULTS | defaults
+    completed = defaults | group | {"algorithm": algorithm}
+    (_check_factored if algorithm == "mofasgd" else _check_adamw)(completed)
+    return completed

@@ -1,0 +1,107 @@
+"""The authors' published optimizer, for comparison: what their code does where it differs from their paper.
+
+`AuthorsMFSGD` follows `MomentumFactorizedSGD` of the authors' repository (commit 9538be3), in dense mode and without
+its implementation faults (`docs/` lists them). In this module G is the gradient, and (U, s, V) are the factors after
+the update:
+
+    start     (U, s, V) = SVD_r(W)                                   the weight's own factors
+    update    (U, s, V) <- SVD_r(beta M + Ghat)                      as in the paper
+    step      W <- W - lr (eta1 U diag(h(s)) V' + eta2 (I - P) G (I - Q))
+              h(s) = 0 where s <= eps, else min(1/s, max_value); with use_ones_for_nonzero_s: 1
+              P = U U', Q = V V': of the new factors with use_current_projection, else of the old ones
+    nesterov  the step's U, s, V come from a second update with the same G, which is not stored
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mofasgd.factored import Displacement, Member
+from mofasgd.layout import as_matrices
+from mofasgd.momentum import Factors, sketch, truncated_svd, update_factors
+from mofasgd.optimizer import MoFaSGD
+from mofasgd.options import Group, check_number
+from mofasgd.precision import true_float32
+
+
+class AuthorsMFSGD(MoFaSGD):
+    """The authors' MFSGD step on the state, checkpoints and checks of `MoFaSGD`.
+
+    Args:
+        params: matrices, or groups of them with `lr`, `rank`, `beta`.
+        lr, rank, beta: as in `MoFaSGD`.
+        eta1: factor of the momentum's step.
+        eta2: factor of the raw complement of the gradient.
+        use_current_projection: complement of the new factors instead of the old ones.
+        use_ones_for_nonzero_s: singular values 1 instead of 1/s.
+        eps: directions with s <= eps do not move.
+        nesterov: step along a second update with the same gradient.
+        max_value: largest reciprocal 1/s.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-2,
+        *,
+        rank: int = 2,
+        beta: float = 0.9,
+        eta1: float = 1.0,
+        eta2: float = 1.0,
+        use_current_projection: bool = False,
+        use_ones_for_nonzero_s: bool = False,
+        eps: float = 1e-4,
+        nesterov: bool = False,
+        max_value: float = 10000,
+    ) -> None:
+        check_number("eta2", eta2, 0.0)
+        self.eta2, self.nesterov = eta2, nesterov
+        self.use_current_projection = use_current_projection
+        self.use_ones_for_nonzero_s = use_ones_for_nonzero_s
+        super().__init__(
+            params,
+            lr,
+            rank=rank,
+            beta=beta,
+            update="reciprocal",
+            lr_scale="none",
+            eta1=eta1,
+            clip_eps=eps,
+            max_value=max_value,
+        )
+
+    def _new_state(self, index: int, param: Tensor, group: Group) -> dict[str, Tensor]:
+        state = super()._new_state(index, param, group)
+        if group["algorithm"] == "mofasgd":
+            shape, rank = self._shape(param, group)
+            weight = as_matrices(param.detach(), shape).to(self.state_dtype)
+            for name, value in zip("UsV", truncated_svd(weight, rank), strict=True):
+                state[name].copy_(value.view(state[name].shape))
+            state["initialized"].fill_(True)
+        return state
+
+    def _displace(self, member: Member, before: Factors, after: Factors) -> Displacement:
+        group, G = member.group, member.gradient().to(after.U.dtype)
+        U, s, V = after
+        if self.nesterov:
+            U, s, V = update_factors(*after, *sketch(G, after.U, after.V), group["beta"])
+        height = 1.0 if self.use_ones_for_nonzero_s else (1 / s).clamp(max=group["max_value"])
+        coefficients = torch.where(s > group["clip_eps"], group["eta1"] * height, 0.0)
+        extra = None
+        if self.eta2:
+            left, right = (U, V) if self.use_current_projection else (before.U, before.V)
+            with true_float32(G.device.type):
+                R = G - left @ (left.mT @ G)
+                extra = self.eta2 * (R - (R @ right) @ right.mT)
+        return Displacement(U * coefficients[:, None, :], V, extra, 1.0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("eta2", "nesterov", "use_current_projection", "use_ones_for_nonzero_s")
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}

@@ -1,0 +1,85 @@
+"""Counter-based random numbers: functions of a key and a position, never of a generator's state.
+
+A number depends on (seed, purpose, index of the parameter, step, element) only, so it is the same on every rank and
+device, in every mode and after a resume, and drawing it leaves torch's global generators alone. Everything up to the
+last operation is 32-bit integer arithmetic, hence bit-equal on CPU, GPU and in a Triton kernel.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+ROUNDING, START_RIGHT, START_LEFT = 1, 2, 3
+"""Purposes: stochastic rounding; the start's test matrices Omega (right) and Psi (left)."""
+
+# Multipliers of a two-round xorshift-multiply hash with the lowest avalanche bias known for 32 bits; they come from
+# the public hash-prospector search (rounds: xor >> 16, multiply, xor >> 15, multiply, xor >> 15).
+_MULTIPLIERS = (0x21F0AAAD, 0xD35A2D97)
+_MASK = 0xFFFFFFFF
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word & 0x80000000 else word
+
+
+def hash_word(word: int) -> int:
+    """Hash one unsigned 32-bit word (a bijection)."""
+    word ^= word >> 16
+    word = word * _MULTIPLIERS[0] & _MASK
+    word ^= word >> 15
+    word = word * _MULTIPLIERS[1] & _MASK
+    return word ^ word >> 15
+
+
+def hash_words(words: Tensor) -> Tensor:
+    """Hash int32 words; equals `hash_word` on their unsigned values. Shape and dtype are kept."""
+    # Shifts of int32 keep the sign bit; masking it off makes them logical.
+    words = words ^ ((words >> 16) & 0xFFFF)
+    words = words * _signed(_MULTIPLIERS[0])
+    words = words ^ ((words >> 15) & 0x1FFFF)
+    words = words * _signed(_MULTIPLIERS[1])
+    return words ^ ((words >> 15) & 0x1FFFF)
+
+
+def key_of(seed: int, purpose: int, index: int) -> int:
+    """Fold a 64-bit seed, a purpose and a parameter's index into one unsigned 32-bit key."""
+    key = hash_word(purpose)
+    for word in (seed & _MASK, (seed >> 32) & _MASK, index & _MASK):
+        key = hash_word(key ^ word)
+    return key
+
+
+def random_words(key: int, step: int | Tensor, start: int, count: int, device: torch.device) -> Tensor:
+    """Return uniform int32 words for the elements start .. start + count - 1, shape (count,).
+
+    Args:
+        key: from `key_of`.
+        step: number of the step; a 0-dim tensor stays on its device.
+        start: index of the first element; 64 bits.
+        count: number of elements.
+        device: where the words are made.
+    """
+    if not isinstance(step, Tensor):
+        step = torch.tensor(step)
+    # Two keys, so that two steps do not merely permute the same words.
+    first = hash_words(step.to(device, torch.int32) ^ _signed(key))
+    second = hash_words(first ^ _signed(hash_word(key)))
+    elements = torch.arange(start, start + count, dtype=torch.int64, device=device)
+    low, high = elements.to(torch.int32), (elements >> 32).to(torch.int32)
+    return hash_words(hash_words(low ^ first) ^ high ^ second)
+
+
+def gaussian(rows: int, columns: int, key: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a (rows, columns) matrix of independent, nearly normal numbers: mean 0, variance 1.
+
+    Each is the scaled sum of the eight bytes of two random words (Irwin-Hall; excess kurtosis -0.15), because a
+    logarithm or a cosine would differ between devices in the last bit.
+    """
+    words = random_words(key, 0, 0, 2 * rows * columns, device).view(rows, columns, 2)
+    total = sum(((words >> shift) & 0xFF).sum(dim=-1) for shift in (0, 8, 16, 24))
+    assert isinstance(total, Tensor)
+    # A product, not a quotient: CUDA divides by a number through its reciprocal, which rounds otherwise than the CPU.
+    return (total - 8 * 255 // 2).to(dtype) * (1 / math.sqrt(8 * (256**2 - 1) / 12))

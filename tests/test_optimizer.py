@@ -1,0 +1,323 @@
+"""The optimizer's steps against the dense float64 reference, and torch's optimizer protocol."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from reference import DenseMoFaSGD, polar
+from torch import nn
+
+from mofasgd import MoFaSGD, param_groups
+
+F64 = {"state_dtype": torch.float64}
+
+
+def weight(*shape, dtype=torch.float64, seed=0):
+    return nn.Parameter(
+        torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    )
+
+
+def gradients(shape, steps, seed=1):
+    rng = np.random.default_rng(seed)
+    drift = rng.standard_normal(shape)
+    return [drift + rng.standard_normal(shape) for _ in range(steps)]
+
+
+def run(opt, params, grads):
+    for g in grads:
+        for p, value in zip(params, g if isinstance(g, tuple) else (g,), strict=True):
+            p.grad = torch.as_tensor(value).to(p.dtype)
+        opt.step()
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (9, 12), (10, 10), (5, 4)])
+@pytest.mark.parametrize("complement", [0.0, 1.5])
+def test_ten_steps_equal_the_dense_algorithm(shape, complement):
+    W = weight(*shape)
+    scale = max(1, shape[0] / shape[1]) ** 0.5
+    reference = DenseMoFaSGD(W.detach().numpy(), rank=3, lr=0.1, decay=0.3, c=complement, scale=scale)
+    opt = MoFaSGD([W], lr=0.1, rank=3, weight_decay=0.3, complement=complement, **F64)
+    for G in gradients(shape, 10):
+        norm = reference.norm(G)
+        reference.step(G)
+        run(opt, [W], [G])
+        assert opt.grad_norm().item() == pytest.approx(norm, rel=1e-9)
+        assert np.abs(opt.momentum(W).numpy() - reference.M).max() <= 1e-9 * np.linalg.norm(reference.M)
+    assert np.abs(W.detach().numpy() - reference.W).max() <= 1e-9
+
+
+def test_first_step_of_a_large_matrix_is_the_polar_factor_of_the_gradient():
+    rng = np.random.default_rng(0)
+    G = rng.standard_normal((150, 4)) @ rng.standard_normal((4, 120))
+    W = weight(150, 120, dtype=torch.float32)
+    before = W.detach().clone()
+    opt = MoFaSGD([W], lr=1.0, rank=4, lr_scale="none")
+    run(opt, [W], [G])
+    assert np.abs((before - W.detach()).numpy() - polar(G)).max() <= 1e-5
+    assert np.linalg.norm(opt.momentum(W).numpy() - G) <= 1e-5 * np.linalg.norm(G)
+
+
+@pytest.mark.parametrize(("transposed", "expected"), [(False, (12 / 3) ** 0.5), (True, 1.0)])
+def test_spectral_scale_is_the_root_of_out_over_in(transposed, expected):
+    W = weight(12, 3)
+    before = W.detach().clone()
+    opt = MoFaSGD([{"params": [W], "transposed": transposed}], lr=0.1, rank=2, **F64)
+    run(opt, [W], gradients((12, 3), 1))
+    assert torch.linalg.matrix_norm(before - W.detach(), 2).item() == pytest.approx(0.1 * expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("q", [1, 3])
+@pytest.mark.parametrize("complement", [0.0, 2.0])
+def test_match_rms_scale_makes_the_update_as_large_as_adamws(q, complement):
+    rng = np.random.default_rng(2)
+    G = rng.standard_normal((20, q)) @ rng.standard_normal((q, 16))
+    if complement:
+        G += 0.1 * rng.standard_normal((20, 16))
+    W = weight(20, 16)
+    before = W.detach().clone()
+    opt = MoFaSGD([W], lr=0.5, rank=3, lr_scale="match_rms_adamw", complement=complement, **F64)
+    run(opt, [W], [G])
+    assert (before - W.detach()).square().mean().sqrt().item() == pytest.approx(0.2 * 0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e9])
+def test_one_factor_clips_factored_and_adamw_parameters_together(max_norm):
+    W, b = weight(9, 7), weight(7, seed=3)
+    groups = [{"params": [W]}, {"params": [b], "algorithm": "adamw", "lr": 0.01}]
+    opt = MoFaSGD(groups, lr=0.1, rank=2, max_grad_norm=max_norm, lr_scale="none", **F64)
+    reference = DenseMoFaSGD(W.detach().numpy(), rank=2, lr=0.1)
+    twin = nn.Parameter(b.detach().clone())
+    adamw = torch.optim.AdamW([twin], lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    for G, g in zip(gradients((9, 7), 6), gradients((7,), 6, seed=4), strict=True):
+        norm = np.hypot(reference.norm(G), np.linalg.norm(g))
+        clip = min(1.0, max_norm / norm)
+        reference.step(G, clip)
+        twin.grad = torch.from_numpy(clip * g)
+        adamw.step()
+        run(opt, [W, b], [(G, g)])
+        assert opt.grad_norm().item() == pytest.approx(norm, rel=1e-9)
+        assert np.abs(opt.momentum(W).numpy() - reference.M).max() <= 1e-9 * np.linalg.norm(reference.M)
+    assert np.abs(W.detach().numpy() - reference.W).max() <= 1e-9
+    assert (b - twin).abs().max() <= 1e-9
+
+
+def test_adamw_groups_equal_torch_adamw():
+    shapes = [(30, 4), (17,), ()]
+    mine, theirs = ([weight(*s, dtype=torch.float32) for s in shapes] for _ in range(2))
+    opt = MoFaSGD(
+        [{"params": mine, "algorithm": "adamw", "lr": 0.01, "eps": 1e-6, "weight_decay": 0.1}], adamw_betas=(0.8, 0.99)
+    )
+    other = torch.optim.AdamW(theirs, lr=0.01, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.1)
+    for step in range(20):
+        for i, (p, q) in enumerate(zip(mine, theirs, strict=True)):
+            p.grad = q.grad = None if (step + i) % 5 == 0 else torch.randn(p.shape)
+        opt.step()
+        other.step()
+    # The same float32 formula in another order: a few roundings of weights of size 1.
+    assert all((p - q).abs().max() <= 1e-6 for p, q in zip(mine, theirs, strict=True))
+
+
+def test_batches_of_equal_shapes_equal_single_matrices():
+    steps = [gradients((8, 6), 5, seed=s) for s in range(3)]
+    together, alone = ([weight(8, 6, seed=s) for s in range(3)] for _ in range(2))
+    run(MoFaSGD(together, rank=2, **F64), together, list(zip(*steps, strict=True)))
+    for p, grads in zip(alone, steps, strict=True):
+        run(MoFaSGD([p], rank=2, **F64), [p], grads)
+    assert all((p - q).abs().max() <= 1e-12 for p, q in zip(together, alone, strict=True))
+
+
+def test_stack_and_flatten_layouts_equal_the_matrices_they_stand_for():
+    grads = gradients((4, 8, 6), 5)
+    stack, matrices = weight(4, 8, 6), [nn.Parameter(w) for w in weight(4, 8, 6).detach()]
+    opt = MoFaSGD([stack], rank=2, complement=1.0, lr_scale="match_rms_adamw", **F64)
+    twin = MoFaSGD(matrices, rank=2, complement=1.0, lr_scale="match_rms_adamw", **F64)
+    run(opt, [stack], grads)
+    run(twin, matrices, [tuple(g) for g in grads])
+    assert all((stack[i] - w).abs().max() <= 1e-12 for i, w in enumerate(matrices))
+    assert opt.factors(stack).U.shape == (4, 8, 2)
+    assert opt.momentum(stack).shape == stack.shape
+
+    conv = nn.Parameter(weight(8, 4, 3, 2).detach().to(memory_format=torch.channels_last))
+    flat = nn.Parameter(conv.detach().reshape(8, 24))
+    grads = gradients((8, 4, 3, 2), 5)
+    run(MoFaSGD([conv], rank=2, **F64), [conv], grads)
+    run(MoFaSGD([flat], rank=2, **F64), [flat], [g.reshape(8, 24) for g in grads])
+    assert (conv.reshape(8, 24) - flat).abs().max() <= 1e-12
+
+
+def test_gradients_are_read_only_and_the_closure_returns_its_loss():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    opt = MoFaSGD(param_groups(model, rank=2, complement=1.0), max_grad_norm=1e-3)
+    x = torch.randn(7, 6)
+
+    def closure():
+        opt.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    first = opt.step(closure)
+    assert first.requires_grad
+    kept = [(p.grad, p.grad.clone(), p.grad.data_ptr()) for p in model.parameters()]
+    opt.step()
+    assert all(
+        p.grad is g and torch.equal(g, c) and g.data_ptr() == at
+        for p, (g, c, at) in zip(model.parameters(), kept, strict=True)
+    )
+    assert opt.step(closure) < first
+
+
+def test_lr_and_decay_may_be_tensors_and_schedulers_drive_each_group():
+    def make(lr):
+        W, b = weight(8, 6), weight(6, seed=5)
+        opt = MoFaSGD(
+            [{"params": [W]}, {"params": [b], "algorithm": "adamw", "lr": lr / 10}],
+            lr=lr,
+            rank=2,
+            weight_decay=0.1,
+            **F64,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step))
+        for G, g in zip(gradients((8, 6), 4), gradients((6,), 4), strict=True):
+            run(opt, [W, b], [(G, g)])
+            schedule.step()
+        return W, b, opt
+
+    W, b, opt = make(0.1)
+    tW, tb, topt = make(torch.tensor(0.1, dtype=torch.float64))
+    assert isinstance(topt.param_groups[0]["lr"], torch.Tensor)
+    assert opt.param_groups[0]["lr"] == pytest.approx(0.02)
+    assert (W - tW).abs().max() <= 1e-12
+    assert (b - tb).abs().max() <= 1e-12
+
+
+def test_reciprocal_update_divides_by_clipped_singular_values():
+    W, G = weight(9, 8), gradients((9, 8), 1)[0]
+    before = W.detach().clone()
+    opt = MoFaSGD(
+        [W], lr=1.0, rank=4, update="reciprocal", eta1=0.5, clip_eps=3.0, max_value=0.15, lr_scale="none", **F64
+    )
+    U, s, Vh = np.linalg.svd(G)
+    h = np.where(s[:4] > 3.0, 0.5 * np.minimum(1 / s[:4], 0.15), 0.0)
+    run(opt, [W], [G])
+    assert np.abs((before - W.detach()).numpy() - (U[:, :4] * h) @ Vh[:4]).max() <= 1e-12
+
+
+def test_gradscaler_scales_back_and_skips_overflows():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+    W, twin, b, btwin = weight(9, 7), weight(9, 7), weight(7), weight(7)
+    opt = MoFaSGD([{"params": [W]}, {"params": [b], "algorithm": "adamw"}], rank=2, max_grad_norm=1.0, **F64)
+    plain = MoFaSGD([{"params": [twin]}, {"params": [btwin], "algorithm": "adamw"}], rank=2, max_grad_norm=1.0, **F64)
+    scaler.scale(torch.zeros(()))
+    for i, (G, g) in enumerate(zip(gradients((9, 7), 5), gradients((7,), 5), strict=True)):
+        scale = scaler.get_scale()
+        W.grad, b.grad = torch.from_numpy(scale * G), torch.from_numpy(scale * g)
+        if i == 2:
+            b.grad[0] = float("inf")
+            kept = copy.deepcopy((W.data, b.data, opt.state_dict()["state"]))
+        scaler.step(opt)
+        scaler.update()
+        if i == 2:
+            assert torch.equal(W, kept[0])
+            assert torch.equal(b, kept[1])
+            assert all(
+                torch.equal(v, kept[2][k][n]) for k, s in opt.state_dict()["state"].items() for n, v in s.items()
+            )
+            assert scaler.get_scale() == scale / 2
+            continue
+        run(plain, [twin, btwin], [(G, g)])
+        assert opt.grad_norm().item() == pytest.approx(plain.grad_norm().item(), rel=1e-9)
+    assert (W - twin).abs().max() <= 1e-9
+    assert (b - btwin).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_and_pickles_go_on_as_the_original(duplicate):
+    W = weight(9, 7, dtype=torch.float32)
+    opt = MoFaSGD([W], rank=2, max_grad_norm=0.5, seed=7)
+    run(opt, [W], gradients((9, 7), 2))
+    other = duplicate(opt)
+    twin = other.param_groups[0]["params"][0]
+    assert twin is not W
+    for o, p in ((opt, W), (other, twin)):
+        run(o, [p], gradients((9, 7), 2, seed=8))
+    assert torch.equal(W, twin)
+    assert other.max_grad_norm == 0.5
+
+
+BAD = [
+    ({"lr": -0.1}, "lr=-0.1"),
+    ({"lr": float("nan")}, "lr=nan"),
+    ({"rank": 0}, "rank=0"),
+    ({"rank": 2.5}, "rank=2.5"),
+    ({"beta": 1.0}, "beta=1.0"),
+    ({"weight_decay": -1}, "weight_decay=-1"),
+    ({"complement": -1.0}, "complement=-1.0"),
+    ({"update": "polr"}, "did you mean 'polar'"),
+    ({"lr_scale": "rms"}, "lr_scale='rms'"),
+    ({"max_grad_norm": 0.0}, "max_grad_norm=0.0"),
+    ({"state_dtype": torch.bfloat16}, "float32 or float64"),
+    ({"solver": "qr"}, "solver='qr'"),
+    ({"adamw_betas": (0.9, 1.0)}, r"betas\[1\]=1.0"),
+    ({"adamw_betas": 0.9}, "betas=0.9"),
+    ({"adamw_eps": -1e-8}, "eps=-1e-08"),
+    ({"eta1": 2.0}, "eta1=2.0 takes effect with update='reciprocal' only"),
+    ({"clip_eps": 2.0}, "clip_eps=2.0 takes effect"),
+    ({"update": "reciprocal", "max_value": 0.0}, "max_value=0.0"),
+    ({"update": "reciprocal", "lr_scale": "match_rms_adamw"}, "lr_scale='match_rms_adamw'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_bad_options_raise_with_the_value(options, message):
+    with pytest.raises(ValueError, match=message):
+        MoFaSGD([weight(4, 4)], **{"rank": 2, **options})
+
+
+BAD_GROUPS = [
+    ({"params": [weight(4)]}, "param_groups"),
+    ({"params": [weight(4, 4)], "betta": 0.9}, "did you mean 'beta'"),
+    ({"params": [weight(4, 4)], "betas": (0.9, 0.9)}, "'betas' has no effect"),
+    ({"params": [weight(4, 4)], "algorithm": "adamw", "rank": 4}, "'rank' has no effect"),
+    ({"params": [weight(4, 4)], "algorithm": "adam"}, "did you mean 'adamw'"),
+    ({"params": [weight(4, 4)], "layout": "stack"}, "use 'matrix'"),
+    ({"params": [weight(4, 4, 4)], "layout": "matrix"}, "'stack' or 'flatten'"),
+    ({"params": [weight(4, 4)], "layout": "matrx"}, "did you mean 'matrix'"),
+    ({"params": [weight(4, 4)], "transposed": 1}, "transposed=1"),
+    ({"params": [weight(0, 4)]}, "empty"),
+    ({"params": [weight(4, 4, dtype=torch.float16)]}, "bfloat16, float32 or float64"),
+    ({"params": [weight(4, 4)], "lr": torch.zeros(2)}, "give one number"),
+]
+
+
+@pytest.mark.parametrize(("group", "message"), BAD_GROUPS)
+def test_bad_groups_raise_and_leave_the_optimizer_as_it_was(group, message):
+    opt = MoFaSGD([weight(4, 4)], rank=2)
+    with pytest.raises(ValueError, match=message):
+        opt.add_param_group(group)
+    assert len(opt.param_groups) == 1
+
+
+def test_added_groups_train_and_rank_is_lowered_aloud():
+    W, small = weight(9, 7), weight(3, 7)
+    opt = MoFaSGD([W], rank=5, **F64)
+    run(opt, [W], gradients((9, 7), 2))
+    with pytest.warns(UserWarning, match="3 x 7: its rank is lowered from 5 to 3"):
+        opt.add_param_group({"params": [small]})
+    before = small.detach().clone()
+    run(opt, [W, small], [(gradients((9, 7), 1)[0], gradients((3, 7), 1)[0])])
+    assert opt.factors(small).s.shape == (3,)
+    assert not torch.equal(small, before)
+
+
+def test_sparse_gradients_and_foreign_parameters_are_refused():
+    embedding = nn.Embedding(10, 6, sparse=True)
+    opt = MoFaSGD([embedding.weight], rank=2)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match="sparse=False"):
+        opt.step()
+    with pytest.raises(ValueError, match="no factors"):
+        opt.momentum(weight(4, 4))
