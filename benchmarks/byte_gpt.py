@@ -28,14 +28,17 @@ METHODS = {
     "adamw": {},
     "muon": {},
     "galore r8": {"rank": 8},
-    "mofasgd r8": {"rank": 8, "complement": 0.0},
-    "mofasgd r8 c1": {"rank": 8, "complement": 1.0},
-    "mofasgd r8 c2": {"rank": 8, "complement": 2.0},
-    "mofasgd r8 c2, bases of 2r": {"rank": 8, "complement": 2.0, "wide": True},
     "galore r32": {"rank": 32},
-    "mofasgd r32": {"rank": 32, "complement": 0.0},
-    "mofasgd r32 c2": {"rank": 32, "complement": 2.0},
-    "mofasgd r32 c2, bases of 2r": {"rank": 32, "complement": 2.0, "wide": True},
+    "mofasgd r8": {"rank": 8},
+    "mofasgd r32": {"rank": 32},
+    **{f"mofasgd r{r} c{c}": {"rank": r, "complement": float(c)} for r in (8, 32) for c in (1, 2)},
+    # The complement of other spaces than the package's, for docs/complement.md.
+    **{
+        f"mofasgd r{r} c{c} {basis}": {"rank": r, "complement": float(c), "basis": basis}
+        for r in (8, 32)
+        for c in (1, 2)
+        for basis in ("old", "new")
+    },
 }
 
 
@@ -54,24 +57,22 @@ class Joint(torch.optim.Optimizer):
             part.step()
 
 
-def wide_mofasgd():
-    """Return MoFaSGD whose complement leaves out the 2r-dimensional spaces [U GV] and [V G'U]: the variant compared."""
+def mofasgd_with(basis):
+    """Return MoFaSGD whose complement leaves out the spaces of the old factors or of the new ones only."""
     from mofasgd import MoFaSGD
-    from mofasgd.complement import complement_scale, normalized_complement
-    from mofasgd.momentum import sketch
+    from mofasgd.complement import complement_scale
 
-    class Wide(MoFaSGD):
-        def _displace(self, member, before, after):
+    class Variant(MoFaSGD):
+        def _displace(self, member, before, after, active):
             plain = {**member.group, "complement": 0.0}
-            move = super()._displace(type(member)(**{**vars(member), "group": plain}), before, after)
-            G = member.gradient()
-            GV, GtU = sketch(G, before.U, before.V)
-            U = torch.linalg.qr(torch.cat([before.U, GV], dim=-1))[0]
-            V = torch.linalg.qr(torch.cat([before.V, GtU], dim=-1))[0]
-            extra = normalized_complement(U, V, *sketch(G, U, V), G)
-            return move._replace(extra=extra * complement_scale(member.group["complement"], *G.shape[-2:]))
+            move = super()._displace(type(member)(**{**vars(member), "group": plain}), before, after, active)
+            U, _, V = before if basis == "old" else after
+            R = member.gradient() - U @ (U.mT @ member.gradient())
+            R = R - (R @ V) @ V.mT
+            extra = torch.nn.functional.normalize(R, dim=-1) / R.shape[-2] ** 0.5
+            return move._replace(extra=extra * complement_scale(member.group["complement"], *R.shape[-2:]))
 
-    return Wide
+    return Variant
 
 
 def build(model, method, lr, adamw_lr):
@@ -92,7 +93,8 @@ def build(model, method, lr, adamw_lr):
             {"params": rest, "lr": adamw_lr},
         ]
         return GaLore(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8)
-    kind = wide_mofasgd() if options.pop("wide", False) else MoFaSGD
+    basis = options.pop("basis", None)
+    kind = mofasgd_with(basis) if basis else MoFaSGD
     return kind(param_groups(model, lr=lr, adamw_lr=adamw_lr, head=model.head, **options))
 
 
@@ -133,12 +135,13 @@ def main():
     parser.add_argument(
         "--seeds", type=int, default=3, help="of the best lr of each method, the grid's seed 0 included"
     )
+    parser.add_argument("--grid", type=float, nargs="+", default=GRID)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; the losses do not depend on it")
     parser.add_argument("--smoke", action="store_true", help="4 steps, two learning rates")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = vars(parser.parse_args())
-    grid = GRID
+    grid = args["grid"]
     if args["smoke"]:
         args["steps"], args["seeds"], grid = 4, 2, GRID[2:4]
     shared = {k: args[k] for k in ("steps", "batch", "adamw_lr", "device")}

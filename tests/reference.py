@@ -27,10 +27,17 @@ def polar(M, tol=1e-5):
     return (U * (s > tol * s[0])) @ Vh
 
 
+def orth(A):
+    """Orthonormal basis of the numerical range of A."""
+    U, s, _ = np.linalg.svd(A, full_matrices=False)
+    return U[:, s > 1e-8 * s[0]]
+
+
 def complement(G, U, V):
-    """Row-normalized part of G outside both spaces."""
+    """Row-normalized part of G outside the spaces of [U GV] and [V G'U]."""
     m, n = G.shape
-    R = (np.eye(m) - U @ U.T) @ G @ (np.eye(n) - V @ V.T)
+    Q, P = orth(np.hstack([U, G @ V / np.linalg.norm(G)])), orth(np.hstack([V, G.T @ U / np.linalg.norm(G)]))
+    R = (np.eye(m) - Q @ Q.T) @ G @ (np.eye(n) - P @ P.T)
     E = np.zeros_like(R)
     for i in range(m):
         length = np.linalg.norm(R[i])

@@ -25,8 +25,8 @@ def dense(factors):
 
 def start(G, rank, seed=0):
     """M_1 of G (m, n) by the two sketches, in the dtype of G."""
-    l, k = momentum.init_widths(rank)
-    Omega, Psi = gaussian(G.shape[1], l, seed, CPU, G.dtype), gaussian(G.shape[0], k, seed + 1, CPU, G.dtype)
+    width, height = momentum.init_widths(rank)
+    Omega, Psi = gaussian(G.shape[1], width, seed, CPU, G.dtype), gaussian(G.shape[0], height, seed + 1, CPU, G.dtype)
     return momentum.init_factors(*momentum.init_sketch(G, Omega, Psi), Psi, rank)
 
 
@@ -79,8 +79,8 @@ def test_norm_of_the_projected_gradient_comes_from_the_sketches():
     seed=st.integers(0, 2**31),
 )
 def test_start_equals_the_svd_of_a_gradient_of_rank_at_most_r(m, n, r, q, seed):
-    l, k = momentum.init_widths(r)
-    assume(k <= m and l <= n)
+    width, height = momentum.init_widths(r)
+    assume(height <= m and width <= n)
     q = min(q, r)
     G = torch.from_numpy(
         np.random.default_rng(seed).standard_normal((m, q)) @ np.random.default_rng(seed + 1).standard_normal((q, n))
@@ -139,8 +139,8 @@ def test_reduced_matmul_precision_and_autocast_do_not_reach_the_algebra(precisio
     G = torch.from_numpy(rng.standard_normal((300, 200))).float()
 
     def results():
-        l, k = momentum.init_widths(8)
-        Omega, Psi = gaussian(200, l, 1, CPU, torch.float32), gaussian(300, k, 2, CPU, torch.float32)
+        width, height = momentum.init_widths(8)
+        Omega, Psi = gaussian(200, width, 1, CPU, torch.float32), gaussian(300, height, 2, CPU, torch.float32)
         sketches = momentum.sketch(G, U, V)
         after = momentum.update_factors(U, s, V, *sketches, 0.9)
         Y, Z = momentum.init_sketch(G, Omega, Psi)

@@ -1,12 +1,15 @@
-"""The normalized complement: the part of the gradient that the low-rank momentum cannot see, row by row.
+"""The normalized complement: the part of the gradient that the low-rank update cannot see, row by row.
 
-Beyond the paper. The tangent space at M loses R = (I - U U') G (I - V V'). Each row of R is scaled to the same length
-and added to the step, with no state at all:
+Beyond the paper. The update of the factors works in the spaces of [U GV] and [V G'U]; what G holds outside both,
+
+    R = (I - Q Q') G (I - P P'),        Q = orth([U GV]),  P = orth([V G'U]),
+
+is lost to the momentum. Each row of it is scaled to the same length and added to the step, with no state at all:
 
     D = U_new V_new' + c sqrt(min(m, n)) E,        E_i = R_i / (|R_i| sqrt(m))
 
 U and V are the factors before this step's update; in a matrix's first window, which has none before, those of M_1.
-`docs/complement.md` has the measurements behind these choices.
+`docs/complement.md` has the measurements behind these choices: of U and V alone the complement trains worse.
 """
 
 from __future__ import annotations
@@ -16,10 +19,26 @@ import math
 import torch
 from torch import Tensor
 
+from mofasgd.momentum import power_of_two
 from mofasgd.precision import in_true_float32
 
 NOISE = 1e-3
-"""A row with |R_i| <= NOISE |G_i| is rounding noise of the projection, not a direction; it is left out."""
+"""What is smaller than this fraction of the gradient is rounding noise of the projection, not a direction."""
+
+
+def _new_directions(basis: Tensor, image: Tensor) -> Tensor:
+    """Return an orthonormal basis of what `image` (..., m, r) adds to `basis` (..., m, r); zero columns where nothing.
+
+    A plain QR would complete missing directions by rounding noise, and the complement would lose them at random.
+    """
+    size = torch.linalg.matrix_norm(image)[..., None, None]
+    # Projecting twice keeps the result orthogonal to the basis even where little is left.
+    for _ in range(2):
+        image = image - basis @ (basis.mT @ image)
+    Q, T = torch.linalg.qr(image)
+    X, t, _ = torch.linalg.svd(T)
+    found: Tensor = Q @ torch.where(t[..., None, :] > NOISE * size, X, 0.0)
+    return found
 
 
 @in_true_float32
@@ -29,17 +48,20 @@ def normalized_complement(U: Tensor, V: Tensor, GV: Tensor, GtU: Tensor, G: Tens
     Args:
         U, V: orthonormal factors (..., m, r), (..., n, r).
         GV, GtU: the gradient's sketches by them (`momentum.sketch`).
-        G: gradient (..., m, n).
+        G: gradient (..., m, n), finite.
     """
     m = G.shape[-2]
-    G = G.to(U.dtype)
-    # Row lengths are taken of rows scaled to largest element 1: squares of 1e-30 or 1e30 leave float32's range.
-    largest = G.abs().amax(dim=-1, keepdim=True)
-    unit = torch.where(largest > 0, largest, 1.0)
-    # R = G - U (G'U)' - (G V - U U'G V) V', without projectors of size m x m or n x n
-    R = G - U @ GtU.mT
-    R -= (GV - U @ (U.mT @ GV)) @ V.mT
-    R /= unit
+    scale = power_of_two(G)
+    G, GV, GtU = G.to(U.dtype) / scale, GV / scale, GtU / scale
+    # R = (I - Q Q') G (I - P P'), without projectors of size m x m or n x n
+    Q = torch.cat([U, _new_directions(U, GV)], dim=-1)
+    P = torch.cat([V, _new_directions(V, GtU)], dim=-1)
+    R = G - Q @ (Q.mT @ G)
+    R = R - (R @ P) @ P.mT
+    # E_i = R_i / (|R_i| sqrt(m)), with lengths taken of rows of largest element 1, whose squares stay in range
+    unit = G.abs().amax(dim=-1, keepdim=True)
+    unit = torch.where(unit > 0, unit, 1.0)
+    R = R / unit
     length = torch.linalg.vector_norm(R, dim=-1, keepdim=True)
     noise = NOISE * torch.linalg.vector_norm(G / unit, dim=-1, keepdim=True)
     return torch.where(length > noise, R / (length * math.sqrt(m)), 0.0)

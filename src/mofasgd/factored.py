@@ -74,7 +74,7 @@ class Displacement(NamedTuple):
     scale: float | Tensor
 
 
-Displace = Callable[[Member, Factors, Factors], Displacement]
+Displace = Callable[[Member, Factors, Factors, Tensor], Displacement]
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def lr_factor(group: Group, shape: MatrixShape, square_norm: Tensor) -> float | 
     return 0.2 * (shape.m * shape.n / square_norm.clamp(min=0.5)).sqrt()[:, None, None]
 
 
-def displacement(member: Member, before: Factors, after: Factors) -> Displacement:
+def displacement(member: Member, before: Factors, after: Factors, active: Tensor) -> Displacement:
     """Return the step of `member`'s group: polar or reciprocal, with the normalized complement if it is asked for."""
     group, shape = member.group, member.shape
     live = moving(after.s)
@@ -129,7 +129,8 @@ def displacement(member: Member, before: Factors, after: Factors) -> Displacemen
     square_norm = coefficients.square().sum(dim=-1)
     extra = None
     if group["complement"]:
-        G = member.gradient()
+        # A matrix that is not active (a NaN, say) does not move; LAPACK must not see it.
+        G = torch.where(active[:, None, None], member.gradient(), 0.0)
         extra = normalized_complement(before.U, before.V, *sketch(G, before.U, before.V), G)
         extra *= complement_scale(group["complement"], shape.m, shape.n)
         square_norm = square_norm + extra.square().sum(dim=(-2, -1))
@@ -188,7 +189,8 @@ class Update:
         # A parameter is skipped as a whole, a zero slice of a stack on its own.
         finite = _all_finite(observed).view(-1, b).all(dim=1)
         active = finite.repeat_interleave(b) & _any_nonzero(observed)
-        return finite, active if self.context.gate is None else active & self.context.gate
+        gate = self.context.gate
+        return finite, active if gate is None else active & gate.to(active.device)
 
     def _clean(self, observed: Tensor) -> Tensor:
         """Return `observed` (B, ., .) with zeros where the matrix does not move: LAPACK refuses NaN."""
@@ -250,7 +252,7 @@ class Start(Update):
 def _finish(member: Member, before: Factors, after: Factors, active: Tensor, context: Context) -> None:
     """Store `after` and move the weight where `active` (b,)."""
     group, state = member.group, member.state
-    move = context.displace(member, before, after)
+    move = context.displace(member, before, after, active)
     for name, value in zip("UsV", after, strict=True):
         state[name].copy_(value.view(state[name].shape))
     state["initialized"].logical_or_(active.view(state["initialized"].shape))
@@ -262,7 +264,7 @@ def _finish(member: Member, before: Factors, after: Factors, active: Tensor, con
     left = move.left * rate
     extra = None
     if move.extra is not None:
-        extra = torch.where(active[:, None, None], move.extra, 0.0).mul_(rate)
+        extra = torch.where(active[:, None, None], move.extra, 0.0) * rate
     decay = group["weight_decay"]
     # A decay of 0 saves a pass over the weight; as a tensor it cannot be read here.
     keep = None if isinstance(decay, (int, float)) and decay == 0 else 1 - moves * (group["lr"] * decay)

@@ -48,7 +48,7 @@ class Factors(NamedTuple):
     V: Tensor
 
 
-def _power_of_two(*tensors: Tensor) -> Tensor:
+def power_of_two(*tensors: Tensor) -> Tensor:
     """Largest power of two <= the largest magnitude, one for each matrix, shape (..., 1, 1); 1 where all are 0."""
     largest = torch.stack([t.abs().amax(dim=(-2, -1)) for t in tensors]).amax(dim=0)
     exponent = torch.frexp(largest).exponent - 1
@@ -65,7 +65,7 @@ def _svd(A: Tensor, rank: int) -> Factors:
 @in_true_float32
 def truncated_svd(A: Tensor, rank: int) -> Factors:
     """Return the best rank-`rank` approximation of A (..., m, n) as factors; rank <= min(m, n)."""
-    scale = _power_of_two(A)
+    scale = power_of_two(A)
     U, s, V = _svd(A / scale, rank)
     return Factors(U, s * scale[..., 0], V)
 
@@ -89,7 +89,7 @@ def update_factors(U: Tensor, s: Tensor, V: Tensor, GV: Tensor, GtU: Tensor, bet
     The result is exact for every shape, 2r > min(m, n) included. Inputs must be finite.
     """
     r = s.shape[-1]
-    scale = _power_of_two(s[..., None], GV, GtU)
+    scale = power_of_two(s[..., None], GV, GtU)
     s, GV, GtU = s / scale[..., 0], GV / scale, GtU / scale
     # C = U' G V
     C = U.mT @ GV
@@ -153,7 +153,7 @@ def init_factors(Y: Tensor, Z: Tensor, Psi: Tensor, rank: int) -> Factors:
 
     M_1 equals SVD_r(G) up to rounding when rank(G) <= r. Shapes as in `init_sketch`; rank <= l.
     """
-    scale = _power_of_two(Y, Z)
+    scale = power_of_two(Y, Z)
     Y, Z = Y / scale, Z / scale
     # Q = orth(Y);  G ~ Q X  with  X = (Psi' Q)^+ Z'
     Q, _ = torch.linalg.qr(Y)

@@ -65,6 +65,7 @@ class MoFaSGD(Optimizer):
         ValueError: for a value out of range, an unknown or ineffective key, or a parameter that cannot be factored.
 
     Example:
+        >>> from mofasgd import MoFaSGD, param_groups
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
         >>> opt = MoFaSGD(param_groups(model, rank=4, lr=0.02))
         >>> model(torch.randn(16, 64)).square().mean().backward()
@@ -193,7 +194,7 @@ class MoFaSGD(Optimizer):
     def materialize(self) -> None:
         """Make the state of every trainable parameter now, pending, without a gradient (for checkpoint libraries)."""
         for index, param, group in self._parameters():
-            if param.requires_grad and not self.state[param]:
+            if (param.requires_grad or param.grad is not None) and not self.state[param]:
                 self.state[param] = self._new_state(index, param, group)
         if self._pending is None:
             self._pending = {p for p, s in self.state.items() if "initialized" in s and not s["initialized"].all()}
@@ -240,9 +241,10 @@ class MoFaSGD(Optimizer):
         finite = [norm.isfinite() for norm in norms]
         factor = self._measure(updates, norms, finite, grad_scale)
         for update in updates:
-            update.take(factor)
+            update.take(None if factor is None else factor.to(update.active.device))
         for (index, param, group), ok in zip(vectors, finite, strict=True):
-            self._step_adamw(index, param, group, ok if gate is None else ok & gate, factor)
+            active = ok if gate is None else ok & gate.to(ok.device)
+            self._step_adamw(index, param, group, active, factor)
         self._settle(updates)
         return loss
 
@@ -271,8 +273,8 @@ class MoFaSGD(Optimizer):
         updates += [Update(members, context) for members in buckets.values()]
         return updates, vectors
 
-    def _displace(self, member: Member, before: Factors, after: Factors) -> Displacement:
-        return displacement(member, before, after)
+    def _displace(self, member: Member, before: Factors, after: Factors, active: Tensor) -> Displacement:
+        return displacement(member, before, after, active)
 
     def _measure(
         self, updates: list[Update], norms: list[Tensor], finite: list[Tensor], grad_scale: Tensor | None

@@ -1,8 +1,7 @@
 """The authors' published optimizer, for comparison: what their code does where it differs from their paper.
 
-`AuthorsMFSGD` follows `MomentumFactorizedSGD` of the authors' repository (commit 9538be3), in dense mode and without
-its implementation faults (`docs/` lists them). In this module G is the gradient, and (U, s, V) are the factors after
-the update:
+`AuthorsMFSGD` follows `MomentumFactorizedSGD` of the authors' repository (commit 9538be3), in dense mode.
+G is the gradient and (U, s, V) are the factors after the update:
 
     start     (U, s, V) = SVD_r(W)                                   the weight's own factors
     update    (U, s, V) <- SVD_r(beta M + Ghat)                      as in the paper
@@ -87,8 +86,9 @@ class AuthorsMFSGD(MoFaSGD):
             state["initialized"].fill_(True)
         return state
 
-    def _displace(self, member: Member, before: Factors, after: Factors) -> Displacement:
-        group, G = member.group, member.gradient().to(after.U.dtype)
+    def _displace(self, member: Member, before: Factors, after: Factors, active: Tensor) -> Displacement:
+        group = member.group
+        G = torch.where(active[:, None, None], member.gradient().to(after.U.dtype), 0.0)
         U, s, V = after
         if self.nesterov:
             U, s, V = update_factors(*after, *sketch(G, after.U, after.V), group["beta"])

@@ -1,0 +1,31 @@
+# Both set-up commands of the README: each makes .venv by itself.
+#   make demo      train the byte GPT with MoFaSGD and with AdamW on Python's own help texts
+#   make test      what CI runs: lint, types, tests with coverage
+#   make test-all  the slow tier as well (mutants)
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-all lint
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mofasgd needs Python >= 3.10: make PYTHON=...")'
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(READY)
+	OMP_NUM_THREADS= $(BIN)/python examples/train_gpt.py --optimizer mofasgd --complement 2 --steps 150
+	OMP_NUM_THREADS= $(BIN)/python examples/train_gpt.py --optimizer adamw --steps 150
+
+lint: $(READY)
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --quiet --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -n auto -m "not slow" --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+test-all: lint
+	$(BIN)/python -m pytest -n auto --cov --cov-fail-under=90

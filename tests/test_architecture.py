@@ -1,0 +1,87 @@
+"""The shape of the code: imports point down, `import mofasgd` is light, what the documents show runs."""
+
+import ast
+import doctest
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mofasgd
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "mofasgd"
+
+# From the bottom up; a module may import from lower layers only.
+LAYERS = [
+    {"precision", "rng", "layout"},
+    {"momentum", "options", "apply"},
+    {"complement", "solver", "adamw", "state", "groups"},
+    {"factored"},
+    {"optimizer"},
+    {"paper"},
+    {"app"},
+]
+
+
+def modules():
+    return [p for p in SOURCE.rglob("*.py") if p != SOURCE / "__init__.py"]
+
+
+def layer_of(name):
+    found = [i for i, layer in enumerate(LAYERS) if name in layer]
+    assert found, f"{name} has no layer: add it to LAYERS"
+    return found[0]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_down(path):
+    own = path.relative_to(SOURCE).with_suffix("").parts[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", [])]
+        if not isinstance(node, (ast.Import, ast.ImportFrom)):
+            continue
+        for name in names:
+            if name == "mofasgd":
+                pytest.fail(f"{path.name} imports the package itself")
+            if name.startswith("mofasgd.") and name.split(".")[1] != own:
+                assert layer_of(name.split(".")[1]) < layer_of(own), f"{path.name} imports {name}"
+
+
+def test_import_needs_torch_only_and_loads_nothing_heavier():
+    script = "import torch, sys; had = set(sys.modules); import mofasgd; print(*set(sys.modules) - had)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.split()} - set(sys.stdlib_module_names)
+    assert loaded == {"mofasgd"}
+
+
+def test_no_file_is_longer_than_400_lines():
+    assert {p.name: n for p in modules() if (n := len(p.read_text().splitlines())) > 400} == {}
+
+
+def test_public_names_exist():
+    assert all(hasattr(mofasgd, name) for name in mofasgd.__all__)
+    assert (SOURCE / "py.typed").exists()
+
+
+@pytest.mark.parametrize("name", ["mofasgd.optimizer"])
+def test_docstring_examples_run(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_the_readme_example_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_documents_name_existing_files():
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for name in re.findall(r"`((?:docs|benchmarks|examples|tests|src)/[\w./-]+)`", page.read_text()):
+            assert (ROOT / name).exists(), f"{page.name} names {name}"

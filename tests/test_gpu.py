@@ -1,0 +1,72 @@
+"""What must hold on a CUDA device: the same numbers as on the CPU, and true float32 whatever TF32 says."""
+
+import numpy as np
+import pytest
+import torch
+from test_robustness import assert_sound, kinds_of_gradient
+from torch import nn
+
+from mofasgd import MoFaSGD
+from mofasgd.apply import stochastic_bfloat16
+from mofasgd.rng import gaussian, random_words
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SHAPES = [(300, 200), (20, 12), (3, 200, 150), (200,)]
+
+
+def train(device, dtype=torch.float32, steps=10, **options):
+    rng = np.random.default_rng(0)
+    params = [nn.Parameter(torch.from_numpy(rng.standard_normal(s)).to(device, dtype)) for s in SHAPES]
+    opt = MoFaSGD([{"params": params[:-1]}, {"params": params[-1:], "algorithm": "adamw"}], rank=4, **options)
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.from_numpy(rng.standard_normal(p.shape)).to(device, dtype)
+        opt.step()
+    return [p.detach().cpu() for p in params], opt
+
+
+def test_random_numbers_are_bit_equal_to_the_cpus():
+    start = (1 << 33) - 500
+    assert torch.equal(random_words(7, 3, start, 1000, CPU), random_words(7, 3, start, 1000, CUDA).cpu())
+    assert torch.equal(gaussian(37, 11, 5, CPU, torch.float32), gaussian(37, 11, 5, CUDA, torch.float32).cpu())
+    x, words = torch.randn(1000), random_words(7, 3, 0, 1000, CPU)
+    assert torch.equal(stochastic_bfloat16(x, words), stochastic_bfloat16(x.cuda(), words.cuda()).cpu())
+
+
+@pytest.mark.parametrize("complement", [0.0, 1.0])
+def test_ten_steps_equal_the_cpus_in_float64(complement):
+    options = {"state_dtype": torch.float64, "complement": complement, "max_grad_norm": 1.0, "weight_decay": 0.1}
+    ours, _ = train(CUDA, torch.float64, **options)
+    theirs, _ = train(CPU, torch.float64, **options)
+    assert all((a - b).abs().max() <= 1e-9 for a, b in zip(ours, theirs, strict=True))
+
+
+def test_tf32_and_autocast_change_no_bit():
+    expected, _ = train(CUDA, complement=1.0)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            found, _ = train(CUDA, complement=1.0)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_two_runs_with_bfloat16_weights_are_bit_equal():
+    first, _ = train(CUDA, torch.bfloat16, complement=1.0)
+    second, _ = train(CUDA, torch.bfloat16, complement=1.0)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(60, 50), (9, 7), (5, 4, 6), (300, 200)])
+def test_hard_gradients_leave_no_nan(shape):
+    W = nn.Parameter(torch.randn(shape, device=CUDA))
+    opt = MoFaSGD([W], lr=0.01, rank=4, complement=2.0, lr_scale="match_rms_adamw", max_grad_norm=1e3)
+    for i in range(100):
+        W.grad = torch.as_tensor(kinds_of_gradient(shape, i)).float().cuda()
+        opt.step()
+    W.data = W.data.cpu()
+    opt.load_state_dict(opt.state_dict())  # moves the state beside the weight
+    assert_sound(opt, W)
+    assert opt.nonfinite_steps == 10

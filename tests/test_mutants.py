@@ -1,0 +1,178 @@
+"""Faults put in by hand, each caught by a named test. A test that no fault can break proves nothing."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# what the fault is, file, the code, the fault, the test that must fail
+MUTANTS = [
+    (
+        "drop beta",
+        "momentum.py",
+        "torch.diag_embed(beta * s) + C",
+        "torch.diag_embed(s) + C",
+        "test_momentum.py::test_update_is_the_truncated_svd_of_decayed_momentum_plus_projected_gradient",
+    ),
+    (
+        "drop the C block",
+        "momentum.py",
+        "torch.diag_embed(beta * s) + C",
+        "torch.diag_embed(beta * s)",
+        "test_momentum.py::test_update_is_the_truncated_svd_of_decayed_momentum_plus_projected_gradient",
+    ),
+    (
+        "swap U and V",
+        "momentum.py",
+        "return Factors(Qu @ A, s * scale[..., 0], Qv @ B)",
+        "return Factors(Qu @ B, s * scale[..., 0], Qv @ A)",
+        "test_optimizer.py::test_ten_steps_equal_the_dense_algorithm",
+    ),
+    (
+        "random factors",
+        "momentum.py",
+        "return Factors(Qu @ A, s * scale[..., 0], Qv @ B)",
+        "return Factors(torch.linalg.qr(torch.randn_like(U))[0], s * scale[..., 0], V)",
+        "test_optimizer.py::test_ten_steps_equal_the_dense_algorithm",
+    ),
+    (
+        "missing decay",
+        "apply.py",
+        "if keep is not None:",
+        "if False:",
+        "test_optimizer.py::test_ten_steps_equal_the_dense_algorithm",
+    ),
+    (
+        "lr scale upside down",
+        "factored.py",
+        "max(1.0, out / inp)",
+        "max(1.0, inp / out)",
+        "test_optimizer.py::test_spectral_scale_is_the_root_of_out_over_in",
+    ),
+    (
+        "stale factors for the step",
+        "factored.py",
+        "left = after.U * coefficients[:, None, :]",
+        "left = before.U * coefficients[:, None, :]",
+        "test_optimizer.py::test_ten_steps_equal_the_dense_algorithm",
+    ),
+    (
+        "state in the dtype of the weight",
+        "optimizer.py",
+        "return new_factored(param, shape, rank, self.state_dtype)",
+        "return new_factored(param, shape, rank, param.dtype)",
+        "test_state.py::test_state_is_tensors_of_the_documented_shapes_and_dtypes",
+    ),
+    (
+        "loaded state in the dtype of the weight",
+        "optimizer.py",
+        "self.state.update(restored)",
+        "pass",
+        "test_state.py::test_loading_copies_and_keeps_float32_factors_of_bfloat16_weights",
+    ),
+    (
+        "unmasked completion columns",
+        "momentum.py",
+        "return s > tol * s[..., :1]",
+        "return s > -1",
+        "test_robustness.py::test_a_gradient_of_rank_q_below_r_moves_the_weight_in_its_space_only",
+    ),
+    (
+        "a zero sketch is a gradient",
+        "factored.py",
+        "finite.repeat_interleave(b) & _any_nonzero(observed)",
+        "finite.repeat_interleave(b)",
+        "test_robustness.py::test_zero_or_missing_gradients_move_nothing_and_leave_the_start_pending",
+    ),
+    (
+        "start with the wrong inverse",
+        "momentum.py",
+        "X = torch.linalg.solve_triangular(T, P.mT @ Z.mT, upper=True)",
+        "X = T @ (P.mT @ Z.mT)",
+        "test_momentum.py::test_start_equals_the_svd_of_a_gradient_of_rank_at_most_r",
+    ),
+    (
+        "clip leaves factored parameters out",
+        "factored.py",
+        "(self.GV * factor, self.GtU * factor)",
+        "(self.GV, self.GtU)",
+        "test_optimizer.py::test_one_factor_clips_factored_and_adamw_parameters_together",
+    ),
+    (
+        "biased rounding",
+        "apply.py",
+        "words & 0xFFFF",
+        "words & 0x7FFF",
+        "test_rounding.py::test_rounding_is_unbiased_and_to_a_neighbour",
+    ),
+    (
+        "rounding without the step",
+        "rng.py",
+        "step.to(device, torch.int32) ^ _signed(key)",
+        "0 * step.to(device, torch.int32) ^ _signed(key)",
+        "test_rounding.py::test_words_equal_the_hash_in_python_integers",
+    ),
+    (
+        "autocast reaches the algebra",
+        "precision.py",
+        "torch.autocast(device_type, enabled=False) if cast else nullcontext()",
+        "nullcontext()",
+        "test_robustness.py::test_reduced_precision_settings_and_autocast_change_no_bit",
+    ),
+    (
+        "complement of the factors alone",
+        "complement.py",
+        "torch.cat([U, _new_directions(U, GV)], dim=-1)",
+        "U",
+        "test_optimizer.py::test_ten_steps_equal_the_dense_algorithm",
+    ),
+    (
+        "nesterov along the first update",
+        "paper.py",
+        "if self.nesterov:",
+        "if False:",
+        "test_paper.py::test_twenty_steps_equal_the_published_formula",
+    ),
+]
+
+
+def run(source, test):
+    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(ROOT / "tests" / test)]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture
+def copied(tmp_path):
+    shutil.copytree(ROOT / "src" / "mofasgd", tmp_path / "mofasgd")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_unharmed_copy_is_what_the_tests_import_and_passes(copied):
+    path = subprocess.run(
+        [sys.executable, "-c", "import mofasgd; print(mofasgd.__file__)"],
+        env={**os.environ, "PYTHONPATH": str(copied)},
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert path.startswith(str(copied))
+    for test in sorted({m[4] for m in MUTANTS}):
+        assert run(copied, test).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "code", "fault", "test"), [m[1:] for m in MUTANTS], ids=[m[0] for m in MUTANTS])
+def test_a_fault_is_caught(copied, file, code, fault, test):
+    path = copied / "mofasgd" / file
+    text = path.read_text()
+    assert text.count(code) == 1, f"{code!r} stands {text.count(code)} times in {file}: update the mutant"
+    path.write_text(text.replace(code, fault))
+    done = run(copied, test)
+    # 1: a test failed. Anything else (2: no collection, 4: no such test) is not a catch.
+    assert done.returncode == 1, done.stdout[-2000:]

@@ -1,0 +1,204 @@
+"""DESIGN section 1's rules for the gradients of real training: none, zero, rank-deficient, huge, not finite."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mofasgd import MoFaSGD
+
+SHAPES = [(60, 50), (9, 7), (3, 40), (6, 6), (1, 20), (20, 1), (5, 4, 6)]
+
+
+def weight(shape, dtype=torch.float32, seed=0):
+    return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype))
+
+
+def step(opt, W, G):
+    """Take a step with G; return how the weight moved."""
+    before = W.detach().clone()
+    W.grad = None if G is None else torch.as_tensor(G).to(W.dtype)
+    opt.step()
+    return W.detach() - before
+
+
+def snapshot(opt, *params):
+    return [{k: v.clone() for k, v in opt.state[p].items()} for p in params]
+
+
+def unchanged(opt, saved, *params):
+    return all(torch.equal(opt.state[p][k], v) for p, s in zip(params, saved, strict=True) for k, v in s.items())
+
+
+def assert_sound(opt, W):
+    assert W.isfinite().all()
+    U, s, V = opt.factors(W)
+    assert s.isfinite().all()
+    for Q in (U, V):
+        eye = torch.eye(Q.shape[-1])
+        assert (Q.mT @ Q - eye).abs().max() <= 1e-5
+
+
+def kinds_of_gradient(shape, i):
+    """One gradient of each hard kind in turn, of sizes from 1e-30 to 1e30."""
+    rng = np.random.default_rng(i)
+    G = rng.standard_normal(shape)
+    kind = i % 10
+    if kind == 1:
+        G = np.zeros(shape)
+    elif kind == 2:
+        G = np.full(shape, 3.0)
+    elif kind == 3:
+        G = rng.standard_normal((*shape[:-1], 1)) @ rng.standard_normal((*shape[:-2], 1, shape[-1]))
+    elif kind == 4:
+        G = np.where(rng.random(shape) < 0.05, G, 0.0)
+    elif kind == 5:
+        G[..., 0, 0] = [np.inf, -np.inf, np.nan][i % 3]
+    elif kind == 6:
+        G *= 1e-30
+    elif kind == 7:
+        G *= 1e30
+    elif kind == 8:
+        G *= 10.0 ** rng.uniform(-6, 6, shape)
+    return G
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("complement", [0.0, 2.0])
+def test_a_thousand_hard_steps_leave_no_nan_and_orthonormal_factors(shape, complement):
+    W = weight(shape)
+    with pytest.warns(UserWarning, match="lowered") if min(shape[-2:]) < 4 else nullcontext():
+        opt = MoFaSGD([W], lr=0.01, rank=4, complement=complement, lr_scale="match_rms_adamw", max_grad_norm=1e3)
+    for i in range(1000):
+        step(opt, W, kinds_of_gradient(shape, i))
+        if i % 50 < 10:
+            assert_sound(opt, W)
+    assert opt.nonfinite_steps == 100
+
+
+@pytest.mark.parametrize("shape", [(60, 50), (9, 7)])
+def test_zero_or_missing_gradients_move_nothing_and_leave_the_start_pending(shape):
+    W, fresh = weight(shape), weight(shape)
+    opt, twin = (MoFaSGD([p], rank=3, weight_decay=0.5, complement=1.0) for p in (W, fresh))
+    for G in (None, np.zeros(shape)):
+        assert not step(opt, W, G).any()
+        assert not opt.factors(W).s.any()
+        assert opt.grad_norm() == 0
+    G = np.random.default_rng(0).standard_normal(shape)
+    assert torch.equal(step(opt, W, G), step(twin, fresh, G))
+    saved = snapshot(opt, W)
+    for G in (None, np.zeros(shape)):
+        assert not step(opt, W, G).any()
+        assert unchanged(opt, saved, W)
+
+
+def test_zero_slices_of_a_stack_stay_pending_and_still_on_their_own():
+    rng = np.random.default_rng(0)
+    W, single = weight((3, 60, 50)), None
+    opt = MoFaSGD([W], rank=3, weight_decay=0.5)
+    G = rng.standard_normal((3, 60, 50))
+    G[1] = 0
+    single = nn.Parameter(W.detach()[1].clone())
+    moved = step(opt, W, G)
+    assert [bool(m.any()) for m in moved] == [True, False, True]
+    assert opt.state[W]["initialized"].tolist() == [True, False, True]
+    kept = opt.factors(W)
+    G = rng.standard_normal((3, 60, 50))
+    G[2] = 0
+    moved = step(opt, W, G)
+    assert [bool(m.any()) for m in moved] == [True, True, False]
+    assert torch.equal(opt.factors(W).U[2], kept.U[2])
+    assert not torch.equal(opt.factors(W).U[0], kept.U[0])
+    # The late slice started from its own first gradient, as a matrix of its own would.
+    twin = MoFaSGD([single], rank=3, weight_decay=0.5)
+    assert (step(twin, single, G[1]) - moved[1]).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("q", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(80, 60), (12, 30)])
+def test_a_gradient_of_rank_q_below_r_moves_the_weight_in_its_space_only(q, shape):
+    rng = np.random.default_rng(q)
+    m, n = shape
+    left, right = np.linalg.qr(rng.standard_normal((m, q)))[0], np.linalg.qr(rng.standard_normal((n, q)))[0]
+    W = weight(shape)
+    opt = MoFaSGD([W], lr=1.0, rank=8, complement=1.0, lr_scale="none")
+    for i in range(8):
+        D = step(opt, W, left @ rng.standard_normal((q, q)) @ right.T * 10.0 ** (i - 4)).double().numpy()
+        assert np.abs(D - left @ (left.T @ D)).max() <= 1e-5
+        assert np.abs(D - (D @ right) @ right.T).max() <= 1e-5
+        assert np.linalg.norm(D) == pytest.approx(q**0.5, rel=1e-4)
+
+
+def test_a_gradient_inside_the_current_subspace_keeps_the_subspace():
+    W = weight((70, 50))
+    opt = MoFaSGD([W], rank=3)
+    step(opt, W, np.random.default_rng(0).standard_normal((70, 50)))
+    U, s, V = opt.factors(W)
+    step(opt, W, (U * torch.tensor([3.0, 2.0, 1.0])) @ V.mT)
+    after = opt.factors(W)
+    assert (after.U - U @ (U.mT @ after.U)).abs().max() <= 1e-5
+    assert torch.allclose(after.s, 0.95 * s + torch.tensor([3.0, 2.0, 1.0]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(80, 60), (9, 7)])
+@pytest.mark.parametrize("complement", [0.0, 1.0])
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_step_does_not_see_the_scale_of_the_gradient(shape, complement, scale):
+    plain, scaled = weight(shape), weight(shape)
+    opts = [MoFaSGD([p], lr=1.0, rank=4, complement=complement) for p in (plain, scaled)]
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        G = rng.standard_normal(shape)
+        # float32 products of other numbers round otherwise; 1e-4 covers how four updates amplify that.
+        assert (step(opts[0], plain, G) - step(opts[1], scaled, scale * G)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("when", [0, 2])
+def test_a_parameter_with_a_non_finite_gradient_is_left_as_it_was_and_counted(value, when):
+    rng = np.random.default_rng(0)
+    params = [weight((60, 50)), weight((60, 50)), weight((50,)), weight((50,))]
+    groups = [{"params": params[:2]}, {"params": params[2:], "algorithm": "adamw"}]
+    opt = MoFaSGD(groups, rank=3, weight_decay=0.1, max_grad_norm=1.0, complement=1.0)
+    for i in range(4):
+        for p in params:
+            p.grad = torch.from_numpy(rng.standard_normal(p.shape)).float()
+        if i == when:
+            opt.materialize()
+            saved, weights = snapshot(opt, *params), [p.detach().clone() for p in params]
+            params[0].grad[3, 4] = params[2].grad[7] = value
+        opt.step()
+        if i == when:
+            assert unchanged(opt, saved[::2], *params[::2])
+            assert not unchanged(opt, saved[1::2], *params[1::2])
+            assert [torch.equal(p, w) for p, w in zip(params, weights, strict=True)] == [True, False, True, False]
+            norm = opt.grad_norm()
+    assert opt.nonfinite_steps == 1
+    assert norm.isfinite()
+    assert all(p.isfinite().all() for p in params)
+    # The skipped parameters are not in the norm: it is that of the other two.
+    assert norm <= torch.hypot(params[1].grad.norm(), params[3].grad.norm()) * 1.5
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (60, 50)])
+def test_reduced_precision_settings_and_autocast_change_no_bit(shape):
+    def train():
+        W, b = weight(shape), weight((30,))
+        opt = MoFaSGD([{"params": [W]}, {"params": [b], "algorithm": "adamw"}], rank=3, complement=1.0)
+        rng = np.random.default_rng(0)
+        for _ in range(5):
+            b.grad = torch.from_numpy(rng.standard_normal(30)).float()
+            step(opt, W, rng.standard_normal(shape))
+        return W, b, *opt.factors(W)
+
+    expected = train()
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = train()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))

@@ -1,0 +1,202 @@
+"""Optimizer state: what it holds, that it survives files and other libraries, and that resume changes no bit."""
+
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from mofasgd import MoFaSGD, param_groups
+
+
+def make(dtype=torch.float32, seed=0, **options):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Embedding(30, 70), nn.Linear(70, 60), nn.Tanh(), nn.Linear(60, 9)).to(dtype)
+    opt = MoFaSGD(param_groups(model, rank=4, complement=1.0, weight_decay=0.1), max_grad_norm=1.0, **options)
+    return model, opt
+
+
+def train(model, opt, steps):
+    for i in steps:
+        torch.manual_seed(i)
+        tokens, target = torch.randint(0, 30, (40,)), torch.randint(0, 9, (40,))
+        nn.functional.cross_entropy(model(tokens).float(), target).backward()
+        opt.step()
+        opt.zero_grad()
+
+
+def through_a_file(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def same(model, opt, other, twin):
+    pairs = zip(opt.state_dict()["state"].values(), twin.state_dict()["state"].values(), strict=True)
+    return all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)) and all(
+        torch.equal(s[k], t[k]) and s[k].dtype == t[k].dtype for s, t in pairs for k in s
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stop", [0, 1, 7])
+def test_resume_changes_no_bit(dtype, stop):
+    model, opt = make(dtype)
+    train(model, opt, range(15))
+    first, before = make(dtype)
+    train(first, before, range(stop))
+    saved = through_a_file({"model": first.state_dict(), "optimizer": before.state_dict()})
+    second, after = make(dtype, seed=99)
+    second.load_state_dict(saved["model"])
+    after.load_state_dict(saved["optimizer"])
+    train(second, after, range(stop, 15))
+    assert same(model, opt, second, after)
+
+
+def test_state_is_tensors_of_the_documented_shapes_and_dtypes():
+    model, opt = make(torch.bfloat16)
+    train(model, opt, range(2))
+    U = opt.state[model[1].weight]
+    assert {k: (tuple(v.shape), v.dtype) for k, v in U.items()} == {
+        "U": ((60, 4), torch.float32),
+        "s": ((4,), torch.float32),
+        "V": ((70, 4), torch.float32),
+        "initialized": ((), torch.bool),
+        "step": ((), torch.float32),
+    }
+    moments = opt.state[model[0].weight]
+    assert {k: v.dtype for k, v in moments.items()} == dict.fromkeys(["exp_avg", "exp_avg_sq", "step"], torch.float32)
+    saved = opt.state_dict()
+    assert isinstance(saved["nonfinite_steps"], int)
+    assert all(isinstance(v, torch.Tensor) for s in saved["state"].values() for v in s.values())
+
+
+def test_loading_copies_and_keeps_float32_factors_of_bfloat16_weights():
+    model, opt = make(torch.bfloat16)
+    train(model, opt, range(2))
+    other, twin = make(torch.bfloat16)
+    saved = opt.state_dict()
+    seen = []
+    twin.register_load_state_dict_post_hook(lambda o: seen.append(o.factors(other[1].weight).U.dtype))
+    twin.load_state_dict(saved)
+    assert seen == [torch.float32]
+    kept = saved["state"][0]["U"].clone()
+    train(other, twin, range(3))
+    assert torch.equal(saved["state"][0]["U"], kept)
+
+
+def test_a_user_hook_may_still_rewrite_what_is_loaded():
+    model, opt = make()
+    train(model, opt, range(2))
+    other, twin = make()
+
+    def double(_, loaded):
+        state = {i: {k: 2 * v if k == "s" else v for k, v in s.items()} for i, s in loaded["state"].items()}
+        return {**loaded, "state": state}
+
+    twin.register_load_state_dict_pre_hook(double)
+    twin.load_state_dict(opt.state_dict())
+    assert torch.equal(twin.factors(other[1].weight).s, 2 * opt.factors(model[1].weight).s)
+
+
+def test_the_zero_gradient_step_of_checkpoint_libraries_leaves_matrices_pending():
+    model, opt = make()
+    weights = [p.detach().clone() for p in model.parameters()]
+    get_optimizer_state_dict(model, opt)  # takes a step with zero gradients and lr = 0
+    state = opt.state[model[1].weight]
+    assert not state["initialized"]
+    assert state["U"].shape == (60, 4)
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+    fresh, twin = make()
+    train(model, opt, range(1))
+    train(fresh, twin, range(1))
+    # AdamW has counted the step, as torch's does; the matrices start from their first real gradient.
+    for i in (1, 3):
+        assert opt.state[model[i].weight]["initialized"]
+        assert torch.equal(opt.momentum(model[i].weight), twin.momentum(fresh[i].weight))
+        assert torch.equal(model[i].weight, fresh[i].weight)
+
+
+@pytest.mark.parametrize("trained", [0, 3])
+def test_distributed_checkpoint_round_trip_with_names_is_exact(trained):
+    model, opt = make()
+    train(model, opt, range(trained))
+    saved = through_a_file(get_optimizer_state_dict(model, opt))
+    assert set(saved["state"]["1.weight"]) == {"U", "s", "V", "initialized", "step"}
+    other, twin = make()
+    other.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(other, twin, saved)
+    train(model, opt, range(trained, 8))
+    train(other, twin, range(trained, 8))
+    assert same(model, opt, other, twin)
+
+
+def test_materialize_makes_all_state_and_changes_no_training():
+    model, opt = make()
+    opt.materialize()
+    assert len(opt.state) == len(list(model.parameters()))
+    other, twin = make()
+    train(model, opt, range(4))
+    train(other, twin, range(4))
+    assert same(model, opt, other, twin)
+
+
+def damaged(saved, kind):
+    state, groups = saved["state"], saved["param_groups"]
+    if kind == "rank":
+        state[0]["U"] = state[0]["U"][:, :2]
+    elif kind == "keys":
+        del state[0]["V"]
+    elif kind == "adamw":
+        return torch.optim.AdamW(make()[0].parameters()).state_dict()
+    elif kind == "groups":
+        groups.pop()
+    elif kind == "empty":
+        return {}
+    elif kind == "object":
+        state[0]["s"] = [1.0, 2.0]
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("rank", "'U' of parameter 0 should have shape"),
+        ("keys", "should hold"),
+        ("adamw", "groups of"),
+        ("groups", "groups of"),
+        ("empty", "no optimizer state_dict"),
+        ("object", "'s' of parameter 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_changes(kind, message):
+    model, opt = make()
+    train(model, opt, range(2))
+    other, twin = make()
+    train(other, twin, range(2))
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(damaged(through_a_file(opt.state_dict()), kind))
+    train(model, opt, range(2, 4))
+    train(other, twin, range(2, 4))
+    assert same(model, opt, other, twin)
+
+
+def test_state_of_another_optimizer_with_equal_groups_is_refused():
+    W = nn.Parameter(torch.randn(9, 8))
+    adamw, opt = torch.optim.AdamW([W]), MoFaSGD([W], rank=2)
+    W.grad = torch.randn(9, 8)
+    adamw.step()
+    with pytest.raises(ValueError, match="saved by another optimizer"):
+        opt.load_state_dict(adamw.state_dict())
+
+
+def test_the_count_of_non_finite_steps_is_kept():
+    W = nn.Parameter(torch.randn(9, 8))
+    opt = MoFaSGD([W], rank=2)
+    W.grad = torch.full((9, 8), float("nan"))
+    opt.step()
+    other = MoFaSGD([W], rank=2)
+    other.load_state_dict(through_a_file(opt.state_dict()))
+    assert other.nonfinite_steps == 1
