@@ -3,7 +3,8 @@
 python benchmarks/byte_gpt.py --out docs/results/byte_gpt.json            the grid on one seed, more seeds of the best
 python benchmarks/byte_gpt.py --smoke --out /tmp/smoke.json               a minute on a CPU
 
-AdamW trains embedding and head beside every other optimizer, at --adamw-lr. Results are written after every run.
+AdamW trains embedding and head beside every other optimizer, at --adamw-lr. Results are written after every run; a
+second call with the same settings goes on where the first ended.
 """
 
 import argparse
@@ -147,7 +148,15 @@ def main():
     shared = {k: args[k] for k in ("steps", "batch", "adamw_lr", "device")}
     result = {"command": " ".join(sys.argv), "environment": environment(), "settings": shared, "grid": grid, "runs": []}
 
+    if args["out"].exists():
+        earlier = json.loads(args["out"].read_text())
+        if earlier["settings"] != shared:
+            parser.error(f"{args['out']} holds runs with other settings {earlier['settings']}: name another file")
+        result["runs"] = earlier["runs"]
+
     def sweep(jobs):
+        done = {(r["method"], r["lr"], r["seed"]) for r in result["runs"]}
+        jobs = [job for job in jobs if job not in done]
         with ProcessPoolExecutor(args["jobs"], mp_context=get_context("spawn")) as pool:
             for future in as_completed([pool.submit(run, *job, shared) for job in jobs]):
                 result["runs"].append(future.result())

@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from mofasgd.adamw import adamw_step
 from mofasgd.apply import Rounding
 from mofasgd.factored import Context, Displacement, Member, Start, Update, displacement
-from mofasgd.layout import MatrixShape, matrix_shape
+from mofasgd.layout import matrix_shape
 from mofasgd.momentum import Factors
 from mofasgd.options import Group, check_choice, check_number, complete
 from mofasgd.solver import SOLVERS
-from mofasgd.state import adamw_shapes, check_saved, factored_shapes, new_adamw, new_factored, restore
+from mofasgd.state import factored_shape, new_adamw, new_factored, restore
 
 _WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _STATE_DTYPES = (torch.float32, torch.float64)
@@ -203,13 +203,8 @@ class MoFaSGD(Optimizer):
         self._pending = None
         if group["algorithm"] == "adamw":
             return new_adamw(param, self.state_dtype)
-        shape, rank = self._shape(param, group)
+        shape, rank = factored_shape(param, group)
         return new_factored(param, shape, rank, self.state_dtype)
-
-    @staticmethod
-    def _shape(param: Tensor, group: Group) -> tuple[MatrixShape, int]:
-        shape = matrix_shape(group["layout"], tuple(param.shape))
-        return shape, min(group["rank"], shape.m, shape.n)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -263,7 +258,7 @@ class MoFaSGD(Optimizer):
             if group["algorithm"] == "adamw":
                 vectors.append((index, param, group))
                 continue
-            shape, _ = self._shape(param, group)
+            shape, _ = factored_shape(param, group)
             member = Member(index, param, group, self.state[param], shape)
             if param in self._pending:
                 updates.append(Start(member, context))
@@ -359,7 +354,7 @@ class MoFaSGD(Optimizer):
         restored: dict[Tensor, dict[str, Tensor]] = {}
 
         def check(_: Optimizer, loaded: dict[str, Any]) -> None:
-            restored.update(self._check_loaded(loaded))
+            restored.update(restore(loaded, self.param_groups))
 
         def put_back(_: Optimizer) -> None:
             # torch has cast floating state to the dtype of the weights: bfloat16 factors would be lost factors.
@@ -377,35 +372,6 @@ class MoFaSGD(Optimizer):
                 handle.remove()
         self._nonfinite = int(state_dict.get("nonfinite_steps", 0))
         self._pending = None
-
-    def _check_loaded(self, loaded: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
-        """Return copies of the loaded state by parameter, or raise ValueError."""
-        if not isinstance(loaded, dict) or not {"state", "param_groups"} <= loaded.keys():
-            raise ValueError("this is no optimizer state_dict: it has no 'state' and 'param_groups'")
-        saved_groups = loaded["param_groups"]
-        if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
-            raise ValueError(
-                f"the saved optimizer has groups of {[len(g['params']) for g in saved_groups]} parameters, this one "
-                f"of {[len(g['params']) for g in self.param_groups]}: build it from the same model and options"
-            )
-        result: dict[Tensor, dict[str, Tensor]] = {}
-        ids = chain.from_iterable(g["params"] for g in saved_groups)
-        saved_group_of = chain.from_iterable([g] * len(g["params"]) for g in saved_groups)
-        for saved_id, saved_group, (index, param, _) in zip(ids, saved_group_of, self._parameters(), strict=True):
-            entry = loaded["state"].get(saved_id)
-            if not entry:
-                continue
-            expected = self._expected_shapes(param, saved_group)
-            check_saved(entry, expected, f"parameter {index}")
-            result[param] = restore(entry, param.device)
-        return result
-
-    def _expected_shapes(self, param: Tensor, saved_group: Group) -> dict[str, tuple[int, ...]]:
-        if saved_group.get("algorithm") not in ("mofasgd", "adamw"):
-            raise ValueError("the saved groups have no 'algorithm': this state_dict was saved by another optimizer")
-        if saved_group["algorithm"] == "adamw":
-            return adamw_shapes(tuple(param.shape))
-        return factored_shapes(*self._shape(param, saved_group))
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only groups and state; copies and pickles need the settings too.

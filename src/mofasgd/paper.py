@@ -25,6 +25,7 @@ from mofasgd.momentum import Factors, sketch, truncated_svd, update_factors
 from mofasgd.optimizer import MoFaSGD
 from mofasgd.options import Group, check_number
 from mofasgd.precision import true_float32
+from mofasgd.state import factored_shape
 
 
 class AuthorsMFSGD(MoFaSGD):
@@ -79,7 +80,7 @@ class AuthorsMFSGD(MoFaSGD):
     def _new_state(self, index: int, param: Tensor, group: Group) -> dict[str, Tensor]:
         state = super()._new_state(index, param, group)
         if group["algorithm"] == "mofasgd":
-            shape, rank = self._shape(param, group)
+            shape, rank = factored_shape(param, group)
             weight = as_matrices(param.detach(), shape).to(self.state_dtype)
             for name, value in zip("UsV", truncated_svd(weight, rank), strict=True):
                 state[name].copy_(value.view(state[name].shape))

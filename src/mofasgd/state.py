@@ -23,7 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mofasgd.layout import MatrixShape
+from mofasgd.layout import MatrixShape, matrix_shape
+from mofasgd.options import Group
+
+
+def factored_shape(param: Tensor, group: Group) -> tuple[MatrixShape, int]:
+    """Return how a parameter of `group` is cut into matrices, and their rank: lowered to the smaller side."""
+    shape = matrix_shape(group["layout"], tuple(param.shape))
+    return shape, min(group["rank"], shape.m, shape.n)
 
 
 def factored_shapes(shape: MatrixShape, rank: int) -> dict[str, tuple[int, ...]]:
@@ -61,8 +68,48 @@ def new_adamw(param: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def check_saved(entry: Any, expected: dict[str, tuple[int, ...]], name: str) -> None:
-    """Raise ValueError unless a loaded parameter's state has the names and shapes of `expected`."""
+def restore(loaded: Any, groups: list[Group]) -> dict[Tensor, dict[str, Tensor]]:
+    """Return copies of the state in a loaded state_dict, by parameter, on its device and in their own dtypes.
+
+    Args:
+        loaded: a state_dict of the optimizer; its tensors stay the caller's.
+        groups: of the optimizer that loads it; its parameters are matched by position.
+
+    Raises:
+        ValueError: if names, shapes or groups do not fit.
+    """
+    if not isinstance(loaded, dict) or not {"state", "param_groups"} <= loaded.keys():
+        raise ValueError("this is no optimizer state_dict: it has no 'state' and 'param_groups'")
+    saved_groups = loaded["param_groups"]
+    counts, own = ([len(g["params"]) for g in some] for some in (saved_groups, groups))
+    if counts != own:
+        raise ValueError(
+            f"the saved optimizer has groups of {counts} parameters, this one of {own}: build it from the same "
+            "model and options"
+        )
+    result: dict[Tensor, dict[str, Tensor]] = {}
+    index = 0
+    for saved_group, group in zip(saved_groups, groups, strict=True):
+        for saved_id, param in zip(saved_group["params"], group["params"], strict=True):
+            entry = loaded["state"].get(saved_id)
+            if entry:
+                _check_entry(entry, _expected_shapes(param, saved_group), f"parameter {index}")
+                result[param] = {key: value.detach().clone().to(param.device) for key, value in entry.items()}
+            index += 1
+    return result
+
+
+def _expected_shapes(param: Tensor, saved_group: Group) -> dict[str, tuple[int, ...]]:
+    algorithm = saved_group.get("algorithm")
+    if algorithm not in ("mofasgd", "adamw"):
+        raise ValueError("the saved groups have no 'algorithm': this state_dict was saved by another optimizer")
+    if algorithm == "adamw":
+        return adamw_shapes(tuple(param.shape))
+    return factored_shapes(*factored_shape(param, saved_group))
+
+
+def _check_entry(entry: Any, expected: dict[str, tuple[int, ...]], name: str) -> None:
+    """Raise ValueError unless a parameter's saved state has the names and shapes of `expected`."""
     if not isinstance(entry, dict) or set(entry) != set(expected):
         found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
         raise ValueError(
@@ -77,8 +124,3 @@ def check_saved(entry: Any, expected: dict[str, tuple[int, ...]], name: str) -> 
                 f"state {key!r} of {name} should have shape {size} but is {what}: the model or the rank differs "
                 "from the saved run's, or the file is damaged"
             )
-
-
-def restore(entry: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Return a copy of saved state on `device` with its own dtypes; the saved tensors stay the caller's."""
-    return {key: value.detach().clone().to(device) for key, value in entry.items()}
