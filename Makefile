@@ -5,7 +5,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-export OMP_NUM_THREADS ?= 1
+
+# Tests run in parallel, one thread each.
+test test-all: export OMP_NUM_THREADS := 1
 
 .PHONY: demo test test-all lint
 
@@ -16,8 +18,8 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY)
-	OMP_NUM_THREADS= $(BIN)/python examples/train_gpt.py --optimizer mofasgd --complement 2 --steps 150
-	OMP_NUM_THREADS= $(BIN)/python examples/train_gpt.py --optimizer adamw --steps 150
+	$(BIN)/python examples/train_gpt.py --optimizer mofasgd --complement 2 --steps 150
+	$(BIN)/python examples/train_gpt.py --optimizer adamw --steps 150
 
 lint: $(READY)
 	$(BIN)/ruff check --quiet .
