@@ -8,9 +8,13 @@ second call with the same settings goes on where the first ended.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import hashlib
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -24,7 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "examples")]
 
-GRID = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+GRID = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
 METHODS = {
     "adamw": {},
     "muon": {},
@@ -65,8 +69,8 @@ def mofasgd_with(basis):
 
     class Variant(MoFaSGD):
         def _displace(self, member, before, after, active):
-            plain = {**member.group, "complement": 0.0}
-            move = super()._displace(type(member)(**{**vars(member), "group": plain}), before, after, active)
+            plain = dataclasses.replace(member, spaces=None)
+            move = super()._displace(plain, before, after, active)
             U, _, V = before if basis == "old" else after
             R = member.gradient() - U @ (U.mT @ member.gradient())
             R = R - (R @ V) @ V.mT
@@ -102,29 +106,24 @@ def build(model, method, lr, adamw_lr):
 def run(method, lr, seed, args):
     import train_gpt
 
-    torch.set_num_threads(1 if args["device"] == "cuda" else torch.get_num_threads())
+    if args["device"] == "cuda":
+        torch.set_num_threads(1)
     torch.manual_seed(seed)
     model = train_gpt.GPT().to(args["device"])
     optimizer = build(model, method, lr, args["adamw_lr"])
     begin = time.perf_counter()
-    with open(os.devnull, "w") as nowhere:
-        sys.stdout, kept = nowhere, sys.stdout
-        try:
-            loss = train_gpt.train(model, optimizer, args["steps"], args["batch"], seed)
-        finally:
-            sys.stdout = kept
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        loss = train_gpt.train(model, optimizer, args["steps"], args["batch"], seed)
     return {"method": method, "lr": lr, "seed": seed, "loss": loss, "seconds": round(time.perf_counter() - begin, 1)}
 
 
-def environment():
+def environment(device):
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": device,
-        "git": git.stdout.strip(),
-    }
+    # A copy of the tree without its history still says which code ran.
+    source = hashlib.sha256(b"".join(p.read_bytes() for p in sorted((ROOT / "src").rglob("*.py")))).hexdigest()[:12]
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {**versions, "device": name, "git": git.stdout.strip(), "source": source}
 
 
 def main():
@@ -144,9 +143,15 @@ def main():
     args = vars(parser.parse_args())
     grid = args["grid"]
     if args["smoke"]:
-        args["steps"], args["seeds"], grid = 4, 2, GRID[2:4]
+        args["steps"], args["seeds"], grid = 4, 2, GRID[1:3]
     shared = {k: args[k] for k in ("steps", "batch", "adamw_lr", "device")}
-    result = {"command": " ".join(sys.argv), "environment": environment(), "settings": shared, "grid": grid, "runs": []}
+    result = {
+        "command": shlex.join(sys.argv),
+        "environment": environment(args["device"]),
+        "settings": shared,
+        "grid": grid,
+        "runs": [],
+    }
 
     if args["out"].exists():
         earlier = json.loads(args["out"].read_text())

@@ -21,11 +21,11 @@ WIDTHS = {"l = r + 4": lambda r: r + 4, "l = 3r/2 + 4": lambda r: 3 * r // 2 + 4
 
 def ratio(G, rank, width, seed):
     from mofasgd.momentum import init_factors, init_sketch
-    from mofasgd.rng import gaussian, key_of
+    from mofasgd.rng import START_LEFT, START_RIGHT, gaussian, key_of
 
     m, n = G.shape
-    Omega = gaussian(n, width, key_of(seed, 2, 0), G.device, G.dtype)
-    Psi = gaussian(m, 2 * width + 1, key_of(seed, 3, 0), G.device, G.dtype)
+    Omega = gaussian(n, width, key_of(seed, START_RIGHT, 0), G.device, G.dtype)
+    Psi = gaussian(m, 2 * width + 1, key_of(seed, START_LEFT, 0), G.device, G.dtype)
     U, s, V = init_factors(*init_sketch(G, Omega, Psi), Psi, rank)
     best = torch.linalg.svdvals(G)[rank:].square().sum().sqrt()
     return (torch.linalg.matrix_norm(G - (U * s) @ V.mT) / best).item()
@@ -46,9 +46,10 @@ def gradients():
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     # Zero-initialized projections: the third step is the first at which every layer has a gradient.
     for step in range(3):
-        starts = torch.randint(len(text) - 129, (16,), generator=torch.Generator().manual_seed(step)).tolist()
+        generator = torch.Generator().manual_seed(step)
+        starts = torch.randint(len(text) - train_gpt.CONTEXT - 1, (16,), generator=generator).tolist()
         sgd.zero_grad()
-        train_gpt.loss_of(model, torch.stack([text[i : i + 129] for i in starts])).backward()
+        train_gpt.loss_of(model, torch.stack([text[i : i + train_gpt.CONTEXT + 1] for i in starts])).backward()
         sgd.step()
     block = model.blocks[1]
     return {f"gradient of {n}": p.grad for n, p in block.named_parameters()}

@@ -70,9 +70,10 @@ def load():
 
 def make_optimizer(model, args):
     """Return the optimizer of the flag; beside mofasgd, AdamW trains embedding and head at --adamw-lr."""
+    lr = {"adamw": 3e-3, "mofasgd": 0.02}[args.optimizer] if args.lr is None else args.lr
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=args.lr or 3e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    options = {"rank": args.rank, "lr": args.lr or 0.02, "adamw_lr": args.adamw_lr, "complement": args.complement}
+        return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    options = {"rank": args.rank, "lr": lr, "adamw_lr": args.adamw_lr, "complement": args.complement}
     groups = mofasgd.param_groups(model, head=model.head, **options)
     print(groups)
     return mofasgd.MoFaSGD(groups)
@@ -97,7 +98,7 @@ def train(model, optimizer, steps, batch, seed):
         schedule.step()
         if step % 50 == 0:
             print(f"step {step:4d}  training loss {loss.item():.3f}", flush=True)
-    with torch.no_grad():
+    with torch.no_grad():  # whole batches only
         losses = [loss_of(model, part) for part in held_out.unfold(0, CONTEXT + 1, CONTEXT).split(64)[:-1]]
     return torch.stack(losses).mean().item()
 

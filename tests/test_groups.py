@@ -118,14 +118,26 @@ def test_the_table_names_every_parameter_once_and_counts_the_state():
         ({"factor": ["layer.*"]}, "factor='layer.*' matches no trainable parameter"),
         ({"adamw": ["frozen.weight"]}, "adamw='frozen.weight' matches no"),
         ({"factor": ["layers.*"], "adamw": ["layers.0.weight"]}, "layers.0.weight"),
-        ({"factor": ["norm.weight"]}, "no matrix to factorize"),
-        ({"factor": "conv.weight"}, r"write factor=\['conv.weight'\]"),
+        ({"factor": ["norm.weight"]}, "matches 'norm.weight': .* no matrix to factorize"),
+        ({"factor": "conv.weight"}, "factor='conv.weight' should be a list"),
         ({"bta": 0.9}, "did you mean 'beta'"),
         ({"layout": "stack"}, "param_groups has no key 'layout'"),
         ({"head": "lm_hed"}, "did you mean 'lm_head'"),
-        ({"rank": 4000}, "nothing of this model would be factored"),
+        ({"rank": "8"}, "rank='8' should be a whole number"),
+        ({"lr": -1}, "lr=-1"),
+        ({"factor": None}, "factor=None should be a list"),
+        ({"head": nn.Linear(3, 3)}, "is no module of this model"),
+        ({"head": ""}, "is no module of this model"),
     ],
 )
 def test_mistakes_raise_with_the_name(options, message):
     with pytest.raises(ValueError, match=message):
         param_groups(Model(), **{"rank": 8, **options})
+
+
+def test_a_model_without_factored_parameters_is_warned_of_and_a_lazy_one_refused():
+    with pytest.warns(UserWarning, match="nothing of this model is factored at rank=4000"):
+        groups = param_groups(Model(), rank=4000)
+    assert {g["algorithm"] for g in groups} == {"adamw"}
+    with pytest.raises(ValueError, match=r"'0\.weight' has no shape yet"):
+        param_groups(nn.Sequential(nn.LazyLinear(5)), rank=2)

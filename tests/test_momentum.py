@@ -156,3 +156,18 @@ def test_reduced_matmul_precision_and_autocast_do_not_reach_the_algebra(precisio
     finally:
         torch.set_float32_matmul_precision(before)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_inherited_precision_settings_stay_inherited():
+    U, s, V = (torch.from_numpy(x).float() for x in random_factors(np.random.default_rng(6), 9, 8, 2))
+    try:
+        torch.backends.fp32_precision = "tf32"
+        momentum.direction(U, s, V)
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        momentum.direction(U, s, V)
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.backends.fp32_precision = "none"
+        torch.backends.mkldnn.matmul.fp32_precision = "none"

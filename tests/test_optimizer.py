@@ -2,14 +2,17 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from reference import DenseMoFaSGD, polar
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from mofasgd import MoFaSGD, param_groups
+from mofasgd import MoFaSGD, momentum, param_groups
+from mofasgd.paper import AuthorsMFSGD
 
 F64 = {"state_dtype": torch.float64}
 
@@ -283,7 +286,6 @@ BAD_GROUPS = [
     ({"params": [weight(4, 4)], "betas": (0.9, 0.9)}, "'betas' has no effect"),
     ({"params": [weight(4, 4)], "algorithm": "adamw", "rank": 4}, "'rank' has no effect"),
     ({"params": [weight(4, 4)], "algorithm": "adam"}, "did you mean 'adamw'"),
-    ({"params": [weight(4, 4)], "layout": "stack"}, "use 'matrix'"),
     ({"params": [weight(4, 4, 4)], "layout": "matrix"}, "'stack' or 'flatten'"),
     ({"params": [weight(4, 4)], "layout": "matrx"}, "did you mean 'matrix'"),
     ({"params": [weight(4, 4)], "transposed": 1}, "transposed=1"),
@@ -321,3 +323,150 @@ def test_sparse_gradients_and_foreign_parameters_are_refused():
         opt.step()
     with pytest.raises(ValueError, match="no factors"):
         opt.momentum(weight(4, 4))
+
+
+def test_the_plain_polar_step_is_the_direction_of_the_paper():
+    W = weight(9, 7)
+    opt = MoFaSGD([W], lr=0.5, rank=3, lr_scale="none", **F64)
+    for G in gradients((9, 7), 3):
+        before = W.detach().clone()
+        run(opt, [W], [G])
+        assert (before - 0.5 * momentum.direction(*opt.factors(W)) - W).abs().max() <= 1e-12
+
+
+def test_groups_of_equal_shapes_keep_their_own_options():
+    params, twins = ([weight(9, 7, seed=s) for s in range(2)] for _ in range(2))
+    options = [{"beta": 0.5, "lr": 0.1}, {"beta": 0.9, "lr": 0.2}]
+    opt = MoFaSGD([{"params": [p], **o} for p, o in zip(params, options, strict=True)], rank=2, **F64)
+    run(opt, params, list(zip(gradients((9, 7), 5), gradients((9, 7), 5, seed=2), strict=True)))
+    for i, (twin, o) in enumerate(zip(twins, options, strict=True)):
+        run(MoFaSGD([twin], rank=2, **o, **F64), [twin], gradients((9, 7), 5, seed=1 + i))
+        assert (params[i] - twin).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("complement", [0.0, 1.0])
+def test_a_half_started_stack_is_measured_and_moved_as_its_matrices_are(complement):
+    W = weight(3, 9, 7)
+    matrices = [nn.Parameter(w.clone()) for w in W.detach()]
+    opt, twin = (MoFaSGD(p, rank=3, complement=complement, max_grad_norm=2.0, **F64) for p in ([W], matrices))
+    rng = np.random.default_rng(0)
+    for idle in ([1], [1], [2], [0, 1], []):
+        G = rng.standard_normal((3, 9, 7))
+        G[idle] = 0
+        run(opt, [W], [G])
+        run(twin, matrices, [tuple(G)])
+        assert opt.grad_norm().item() == pytest.approx(twin.grad_norm().item(), rel=1e-9)
+        assert all((W[i] - w).abs().max() <= 1e-9 for i, w in enumerate(matrices))
+
+
+def test_a_tensor_of_one_element_is_a_number_in_every_shape():
+    W, b, c = weight(8, 6), weight(6), weight()
+    twin = [nn.Parameter(p.detach().clone()) for p in (W, b, c)]
+    for params, lr in (((W, b, c), torch.tensor([0.02], dtype=torch.float64)), (twin, 0.02)):
+        groups = [{"params": list(params[:1])}, {"params": list(params[1:]), "algorithm": "adamw"}]
+        grads = list(zip(*(gradients(s, 3) for s in ((8, 6), (6,), ())), strict=True))
+        run(MoFaSGD(groups, lr=lr, rank=2, **F64), params, grads)
+    assert all((p - q).abs().max() <= 1e-12 for p, q in zip((W, b, c), twin, strict=True))
+
+
+def test_float64_weights_take_float32_factors():
+    W, twin = weight(60, 50), weight(60, 50)
+    run(MoFaSGD([W], rank=4, complement=1.0, weight_decay=0.1), [W], gradients((60, 50), 3))
+    run(MoFaSGD([twin], rank=4, complement=1.0, weight_decay=0.1, **F64), [twin], gradients((60, 50), 3))
+    assert (W - twin).abs().max() <= 1e-5
+
+
+def test_gradscaler_reaches_the_raw_gradient_of_the_authors_step_and_unscaled_gradients():
+    grads = gradients((9, 7), 3)
+    plain = weight(9, 7)
+    run(AuthorsMFSGD([plain], lr=0.01, eta2=0.5, nesterov=True), [plain], grads)
+    for unscale in (False, True):
+        W = weight(9, 7)
+        opt, scaler = AuthorsMFSGD([W], lr=0.01, eta2=0.5, nesterov=True), torch.amp.GradScaler("cpu", init_scale=256.0)
+        scaler.scale(torch.zeros(()))
+        for G in grads:
+            W.grad = 256.0 * torch.from_numpy(G)
+            if unscale:
+                scaler.unscale_(opt)
+            scaler.step(opt)
+            scaler.update()
+        assert (W - plain).abs().max() <= 1e-5
+
+
+def test_an_overflow_anywhere_gates_adamw_parameters_too():
+    scaler = torch.amp.GradScaler("cpu")
+    W, b = weight(9, 7), weight(7)
+    opt = MoFaSGD([{"params": [W]}, {"params": [b], "algorithm": "adamw"}], rank=2)
+    scaler.scale(torch.zeros(()))
+    before = b.detach().clone()
+    W.grad, b.grad = torch.full((9, 7), float("inf"), dtype=torch.float64), torch.ones(7, dtype=torch.float64)
+    scaler.step(opt)
+    assert torch.equal(b, before)
+    assert opt.grad_norm() == 0
+
+
+class NoReadback(TorchFunctionMode):
+    """Fail on every method by which a tensor's value reaches the host."""
+
+    NAMES = frozenset(
+        {"item", "tolist", "numpy", "cpu", "nonzero"} | {f"__{n}__" for n in ("bool", "int", "float", "index")}
+    )
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert getattr(func, "__name__", "") not in self.NAMES, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_reads_nothing_back_once_no_matrix_is_pending(dtype):
+    params = [weight(*s, dtype=dtype) for s in ((60, 50), (60, 50), (3, 20, 30), (7,))]
+    groups = [{"params": params[:3]}, {"params": params[3:], "algorithm": "adamw"}]
+    opt = MoFaSGD(groups, lr=torch.tensor(0.01), rank=2, complement=1.0, max_grad_norm=1.0, weight_decay=0.1)
+
+    def step(watch):
+        for p in params:
+            p.grad = torch.randn(p.shape).to(dtype)
+        with NoReadback() if watch else nullcontext():
+            opt.step()
+
+    with pytest.raises(AssertionError, match="tolist"):
+        step(watch=True)  # the start is read back, which shows that the mode sees it
+    step(watch=False)
+    step(watch=True)
+
+
+def test_a_changed_rank_is_refused_at_the_step():
+    W = weight(9, 7)
+    opt = MoFaSGD([W], rank=3)
+    run(opt, [W], gradients((9, 7), 1))
+    opt.param_groups[0]["rank"] = 2
+    with pytest.raises(ValueError, match="rank of a running optimizer is fixed"):
+        opt.step()
+
+
+def test_groups_of_a_used_optimizer_build_another():
+    opt = MoFaSGD([weight(9, 7)], rank=3)
+    torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=10, cycle_momentum=False)
+    assert MoFaSGD(opt.param_groups).param_groups[0]["rank"] == 3
+
+
+FakeDTensor = type("DTensor", (torch.Tensor,), {})
+MISTAKES = [
+    (lambda: MoFaSGD([weight(4, 4)], rank=2, seed=1.5), ValueError, "seed=1.5"),
+    (lambda: MoFaSGD([weight(4, 4)], rank=2, stochastic_rounding="no"), ValueError, "stochastic_rounding='no'"),
+    (lambda: AuthorsMFSGD([weight(4, 4)], nesterov="no"), ValueError, "nesterov='no'"),
+    (lambda: AuthorsMFSGD([{"params": [weight(4, 4)], "complement": 1.0}]), ValueError, "complement=1.0 has no effect"),
+    (lambda: MoFaSGD([weight(4, 4)], rank=2).add_param_group([weight(4, 4)]), TypeError, "should be a dict"),
+    (lambda: MoFaSGD([weight(4, 4).detach().as_subclass(FakeDTensor)], rank=2), ValueError, "DTensor"),
+]
+
+
+@pytest.mark.parametrize(("make", "kind", "message"), MISTAKES)
+def test_more_mistakes_raise(make, kind, message):
+    with pytest.raises(kind, match=message):
+        make()
+
+
+def test_numbers_of_numpy_are_numbers():
+    opt = MoFaSGD([weight(9, 7)], lr=np.float32(0.1), rank=np.int64(2))
+    assert opt.factors(opt.param_groups[0]["params"][0]).s.shape == (2,)

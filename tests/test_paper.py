@@ -52,7 +52,8 @@ VARIANTS = [
     {"nesterov": True, "eta2": 0.3, "use_current_projection": True},
     {"use_ones_for_nonzero_s": True},
     {"max_value": 0.2},
-    {"eps": 6.0},
+    {"eps": 30.0, "lr": 0.1},
+    {"nesterov": True, "eta2": 0.3},
 ]
 
 

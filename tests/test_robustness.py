@@ -202,3 +202,112 @@ def test_reduced_precision_settings_and_autocast_change_no_bit(shape):
     finally:
         torch.set_float32_matmul_precision(before)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_dead_units_stay_where_they_are_under_the_complement():
+    # Rows whose gradient is exactly zero hold nothing but the rounding of the projections.
+    W = weight((60, 50))
+    opt = MoFaSGD([W], lr=1.0, rank=8, complement=1.0, lr_scale="none")
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        G = rng.standard_normal((60, 50)) * 10.0 ** rng.uniform(-2, 2, (60, 1))
+        G[:10] = 0
+        moved = step(opt, W, G)
+        assert moved[:10].abs().max() <= 1e-5
+        # All others, of row lengths four decades apart, move by the same: E's rows are as long as each other.
+        if i > 0:
+            assert moved[10:].norm(dim=1).min() >= 0.5
+
+
+@pytest.mark.parametrize("shape", [(60, 50), (9, 7)])
+def test_rank_one_gradients_in_new_directions_move_their_span_only_whatever_their_scale(shape):
+    # Columns beyond the rank of M are rounding noise: the tangent space must not see them.
+    rng = np.random.default_rng(0)
+    plain, scaled = weight(shape), weight(shape)
+    opts = [MoFaSGD([p], lr=1.0, rank=5, lr_scale="none") for p in (plain, scaled)]
+    left, right = rng.standard_normal((shape[0], 4)), rng.standard_normal((shape[1], 4))
+    for i in range(4):
+        G = np.outer(left[:, i], right[:, i])
+        one, two = step(opts[0], plain, G), step(opts[1], scaled, 3e25 * G)
+        Q, P = np.linalg.qr(left[:, : i + 1])[0], np.linalg.qr(right[:, : i + 1])[0]
+        D = one.double().numpy()
+        assert np.abs(D - Q @ (Q.T @ D)).max() <= 1e-5
+        assert np.abs(D - (D @ P) @ P.T).max() <= 1e-5
+        assert (one - two).abs().max() <= 1e-4
+        assert_sound(opts[0], plain)
+
+
+def test_a_momentum_of_exactly_zero_is_not_dead():
+    W = weight((1, 1))
+    with pytest.warns(UserWarning, match="lowered"):
+        opt = MoFaSGD([W], lr=0.1, rank=2, beta=0.5)
+    for G, moves in ((1.0, True), (-0.5, False), (1.0, True)):
+        assert bool(step(opt, W, [[G]]).any()) is moves
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (60, 50)])
+@pytest.mark.parametrize("size", [1e36, 1e37, 1e38])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_finite_gradients_whose_momentum_overflows_are_clipped_or_skipped_and_counted(shape, size, max_grad_norm):
+    W = weight(shape)
+    opt = MoFaSGD([W], rank=3, max_grad_norm=max_grad_norm, complement=1.0)
+    for _ in range(30):
+        moved = step(opt, W, np.full(shape, size))
+        assert W.isfinite().all()
+        if opt.state[W]["initialized"]:
+            assert_sound(opt, W)
+    # 30 steps of beta 0.95 add up to 15.7 gradients, unless they are clipped; the sketches hold one.
+    size *= np.prod(shape) ** 0.5 * (15.7 if max_grad_norm is None else 1.0)
+    if size < 1e38:
+        assert opt.nonfinite_steps == 0
+        assert moved.any()
+    if size > 1e39:
+        assert opt.nonfinite_steps > 0
+
+
+@pytest.mark.parametrize("exponent", [-39, -30, 30])
+def test_clipping_and_norms_hold_over_the_whole_range_of_float32(exponent):
+    # Squares of these are outside float32: norms are summed in float64. 1e-39 is subnormal.
+    results = []
+    for scale in (1.0, 10.0**exponent):
+        params = [weight((9, 7)), weight((7,))]
+        groups = [{"params": params[:1]}, {"params": params[1:], "algorithm": "adamw", "eps": 0.0}]
+        opt = MoFaSGD(groups, lr=0.1, rank=3, max_grad_norm=scale)
+        rng = np.random.default_rng(0)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.from_numpy(scale * rng.standard_normal(p.shape)).float()
+            opt.step()
+        results.append((params[0].detach(), opt.momentum(params[0]) / scale, opt.grad_norm() / scale))
+    # A subnormal number has 17 bits here.
+    tolerance = 1e-3 if exponent == -39 else 1e-5
+    assert all((a - b).abs().max() <= tolerance for a, b in zip(*results, strict=True))
+
+
+def test_a_nan_in_one_slice_skips_the_stack_and_a_nan_in_a_vector_is_counted():
+    W, b = weight((3, 9, 7)), weight((7,))
+    opt = MoFaSGD([{"params": [W]}, {"params": [b], "algorithm": "adamw", "eps": 0.0}], rank=3)
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        b.grad = torch.from_numpy(rng.standard_normal(7)).float()
+        G = rng.standard_normal((3, 9, 7))
+        if i in (0, 2):
+            G[1, 2, 3] = np.nan
+        if i == 3:
+            b.grad[0] = float("inf")
+            kept = b.detach().clone()
+        moved = step(opt, W, G)
+        assert bool(moved.any()) is (i in (1, 3))
+    assert torch.equal(b, kept)
+    assert opt.nonfinite_steps == 3
+
+
+def test_a_large_rank_deficient_start_stays_in_its_space():
+    rng = np.random.default_rng(0)
+    left, right = np.linalg.qr(rng.standard_normal((400, 20)))[0], np.linalg.qr(rng.standard_normal((300, 20)))[0]
+    W = weight((400, 300))
+    opt = MoFaSGD([W], lr=1.0, rank=32, lr_scale="none")
+    for i in range(3):
+        D = step(opt, W, left @ rng.standard_normal((20, 20)) @ right.T * 10.0 ** (30 * (i - 1))).double().numpy()
+        assert np.abs(D - left @ (left.T @ D)).max() <= 1e-5
+        assert np.abs(D - (D @ right) @ right.T).max() <= 1e-5

@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from mofasgd import MoFaSGD, apply
+from mofasgd import MoFaSGD, adamw, apply
 from mofasgd.apply import Rounding, stochastic_bfloat16
+from mofasgd.factored import start_matrices
+from mofasgd.layout import MatrixShape
 from mofasgd.rng import gaussian, hash_word, hash_words, key_of, random_words
 
 CPU = torch.device("cpu")
@@ -90,9 +92,65 @@ def test_bfloat16_weights_follow_the_float32_run_in_the_mean_and_stall_without()
     for i in range(2):
         moved = (exact[i] - train(torch.float32, steps=0)[i]).mean()
         found = (rounded[i].float() - begin[i].float()).mean()
-        # The step and the decay both count: without rounding at random the weight does not move at all.
+        # Mostly the decay; without rounding at random the weight does not move at all.
         assert found.item() == pytest.approx(moved.item(), rel=0.1)
         assert torch.equal(nearest[i], begin[i])
+
+
+@pytest.mark.parametrize("complement", [0.0, 1.0])
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_step_of_bfloat16_weights_is_the_rounded_step_of_float32_weights(complement, decay):
+    def step(dtype, stochastic):
+        torch.manual_seed(0)
+        W, b = (nn.Parameter(torch.randn(s).bfloat16().to(dtype)) for s in ((60, 50), (500,)))
+        groups = [{"params": [W], "complement": complement}, {"params": [b], "algorithm": "adamw"}]
+        opt = MoFaSGD(groups, lr=0.05, rank=4, weight_decay=decay, stochastic_rounding=stochastic)
+        for p in (W, b):
+            p.grad = torch.randn(p.shape).bfloat16().to(dtype)
+        opt.step()
+        return W.detach(), b.detach()
+
+    exact, nearest, rounded = (
+        step(*case) for case in ((torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True))
+    )
+    for e, n, r in zip(exact, nearest, rounded, strict=True):
+        assert torch.equal(n, e.bfloat16())
+        # To one of the two neighbours, and without a bias: the errors of n numbers of one last place each.
+        ulp = e.abs().log2().floor().exp2() * 2**-7
+        assert ((r.float() - e).abs() < ulp).all()
+        assert abs(((r.float() - e) / ulp).mean()) < 6 * 0.5 / e.numel() ** 0.5
+
+
+def test_equal_parameters_are_rounded_by_their_own_numbers():
+    params = [nn.Parameter(torch.ones(40, 30, dtype=torch.bfloat16)) for _ in range(2)]
+    opt = MoFaSGD(params, lr=1e-3, rank=2)
+    for p in params:
+        p.grad = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)).bfloat16()
+    opt.step()
+    assert not torch.equal(*params)
+
+
+def test_the_starts_matrices_differ_by_seed_parameter_and_side():
+    shape = MatrixShape((), 60, 60)
+    like = torch.zeros(())
+    made = [M[:, :24] for s in (0, 1) for i in (0, 1) for M in start_matrices(s, i, shape, 8, like)]
+    for i, a in enumerate(made):
+        assert all(abs((a * b).mean()) < 6 / a.numel() ** 0.5 for b in made[:i])
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 10**9])
+def test_adamw_in_tiles_changes_no_bit(monkeypatch, size):
+    results = []
+    for tile in (10**9, size):
+        monkeypatch.setattr(adamw, "TILE", tile)
+        torch.manual_seed(1)
+        p = nn.Parameter(torch.randn(10, 21).bfloat16())
+        opt = MoFaSGD([{"params": [p], "algorithm": "adamw"}], weight_decay=0.1, max_grad_norm=0.1)
+        for _ in range(3):
+            p.grad = torch.randn(10, 21).bfloat16()
+            opt.step()
+        results.append(p.detach())
+    assert torch.equal(*results)
 
 
 def test_rounding_repeats_with_the_seed_and_leaves_the_global_generator_alone():

@@ -155,6 +155,11 @@ def damaged(saved, kind):
         groups.pop()
     elif kind == "empty":
         return {}
+    elif kind == "cast":
+        state[0] = {k: v.bfloat16() if k in "UsV" else v for k, v in state[0].items()}
+    elif kind == "fresh sgd":
+        fresh = torch.optim.SGD(make()[0].parameters(), lr=0.1).state_dict()
+        return {**fresh, "param_groups": [{"params": g["params"]} for g in groups]}
     elif kind == "object":
         state[0]["s"] = [1.0, 2.0]
     return saved
@@ -169,6 +174,8 @@ def damaged(saved, kind):
         ("groups", "groups of"),
         ("empty", "no optimizer state_dict"),
         ("object", "'s' of parameter 0"),
+        ("cast", "is torch.bfloat16: something cast it"),
+        ("fresh sgd", "saved by another optimizer"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_changes(kind, message):
@@ -200,3 +207,14 @@ def test_the_count_of_non_finite_steps_is_kept():
     other = MoFaSGD([W], rank=2)
     other.load_state_dict(through_a_file(opt.state_dict()))
     assert other.nonfinite_steps == 1
+
+
+def test_loaded_state_takes_the_state_dtype_of_the_optimizer():
+    W = nn.Parameter(torch.randn(9, 8, dtype=torch.float64))
+    opt = MoFaSGD([W], rank=2)
+    W.grad = torch.randn(9, 8, dtype=torch.float64)
+    opt.step()
+    other = MoFaSGD([W], rank=2, state_dtype=torch.float64)
+    other.load_state_dict(opt.state_dict())
+    assert other.factors(W).U.dtype is torch.float64
+    assert torch.equal(other.factors(W).s.float(), opt.factors(W).s)

@@ -1,5 +1,6 @@
 """Problems with a known answer converge, and the example trains."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -44,4 +45,15 @@ def test_the_example_runs_and_prints_the_validation_loss(options):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     last = done.stdout.strip().splitlines()[-1]
     assert "validation loss" in last
-    assert 2.0 < float(last.split("loss ")[1].split()[0]) < 5.6
+    # Untrained it is log(256) = 5.545.
+    assert 2.0 < float(last.split("loss ")[1].split()[0]) < 5.3
+
+
+def test_the_recorded_comparison_says_what_the_documents_claim():
+    table = json.loads((ROOT / "docs" / "results" / "byte_gpt.json").read_text())["table"]
+    loss = {row["method"]: row["loss"] for row in table}
+    for rank in (8, 32):
+        assert loss[f"mofasgd r{rank} c2"] <= loss["adamw"]
+        assert loss[f"mofasgd r{rank}"] < loss[f"galore r{rank}"]
+    page = (ROOT / "docs" / "complement.md").read_text()
+    assert all(f"{row['loss']:.3f} ± {row['std']:.3f}" in page for row in table)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from mofasgd.apply import Rounding
+from mofasgd.apply import TILE, Rounding
 
 Scalar = float | Tensor
+"""A number, or a 0-dim tensor."""
 
 
 def adamw_step(
@@ -17,8 +20,9 @@ def adamw_step(
     *,
     lr: Scalar,
     betas: tuple[Scalar, Scalar],
-    eps: float,
-    weight_decay: float,
+    eps: Scalar,
+    weight_decay: Scalar,
+    factor: Tensor | None,
     active: Tensor,
     rounding: Rounding,
 ) -> None:
@@ -26,28 +30,40 @@ def adamw_step(
 
     Args:
         param: weight of any shape, float32, float64 or bfloat16.
-        grad: gradient of the same shape, already clipped; read only.
+        grad: gradient of the same shape; read only.
         state: `exp_avg`, `exp_avg_sq` (shape of param) and `step` (0-dim), changed in place.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
+        factor: of the gradient (clipping), 0-dim, or None for 1.
         active: decided on the device, so that nothing here waits for it.
         rounding: how a bfloat16 weight is written; decay is rounded with the step.
     """
-    first, second, step = state["exp_avg"], state["exp_avg_sq"], state["step"]
     beta1, beta2 = betas
+    dtype = state["exp_avg"].dtype
+    compute = torch.promote_types(param.dtype, dtype)
     # A skipped parameter has weight 0: then every factor below is the identity, and no host has to know.
-    weight = active.to(first.dtype)
-    grad = torch.where(active, grad.to(first.dtype), 0.0)
-    step += active
-    first.lerp_(grad, weight * (1 - beta1))
-    second.mul_(1 - weight * (1 - beta2)).addcmul_(grad, grad * (1 - beta2))
-    count = step.clamp(min=1).to(first.dtype)
+    weight = active.to(dtype)
+    state["step"] += active
+    count = state["step"].clamp(min=1).to(dtype)
     step_size = weight * lr / (1 - beta1**count)
-    denominator = (second.sqrt() / (1 - beta2**count).sqrt()).add_(eps)
+    correction = (1 - beta2**count).sqrt()
+    keep = (1 - weight * (lr * weight_decay)).to(compute)
 
-    compute = torch.promote_types(param.dtype, first.dtype)
-    in_place = param.dtype is compute
-    value = param if in_place else param.to(compute)
-    value.mul_((1 - weight * (lr * weight_decay)).to(compute))
-    value.sub_(first / denominator * step_size)
-    if not in_place:
-        rounding.write(param, value)
+    for start, (p, g, first, second) in _tiles(param, grad, state["exp_avg"], state["exp_avg_sq"]):
+        g = g.to(dtype) if factor is None else g.to(dtype) * factor
+        g = torch.where(active, g, 0.0)
+        first.lerp_(g, weight * (1 - beta1))
+        second.mul_(1 - weight * (1 - beta2)).addcmul_(g, g * (1 - beta2))
+        update = first / (second.sqrt() / correction).add_(eps) * step_size
+        value = p.to(compute).mul_(keep).sub_(torch.where(active, update, 0.0))
+        if p.dtype is not compute:
+            rounding.write(p, value, start)
+
+
+def _tiles(*tensors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Yield (index of the first element, pieces): flat views of at most TILE elements, which bounds temporaries."""
+    if not all(t.is_contiguous() for t in tensors):
+        yield 0, tensors
+        return
+    flat = [t.view(-1) for t in tensors]
+    for start in range(0, max(1, flat[0].numel()), TILE):
+        yield start, tuple(t[start : start + TILE] for t in flat)

@@ -15,8 +15,8 @@ from torch import Tensor
 from mofasgd.precision import in_true_float32
 from mofasgd.rng import ROUNDING, key_of, random_words
 
-TILE = 1 << 22
-"""Elements of a low-precision weight that are updated at a time; bounds the float32 copies (16 MiB each)."""
+TILE = 1 << 24
+"""Elements of a low-precision weight that are updated at a time; bounds the float32 copies (64 MiB each)."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def stochastic_bfloat16(value: Tensor, words: Tensor) -> Tensor:
 def _tiles(batch: int, rows: int, columns: int) -> Iterator[tuple[slice, slice, int]]:
     """Yield (batch slice, row slice, index of the first element); each tile is contiguous in the weight."""
     if rows * columns <= TILE:
-        step = max(1, TILE // max(1, rows * columns))
+        step = max(1, TILE // (rows * columns))
         for b in range(0, batch, step):
             yield slice(b, min(b + step, batch)), slice(0, rows), b * rows * columns
         return

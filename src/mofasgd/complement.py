@@ -23,7 +23,7 @@ from mofasgd.momentum import power_of_two
 from mofasgd.precision import in_true_float32
 
 NOISE = 1e-3
-"""What is smaller than this fraction of the gradient is rounding noise of the projection, not a direction."""
+"""A row with |R_i| <= NOISE |G_i| is what rounding leaves of a row inside both spaces, not a direction."""
 
 
 def _new_directions(basis: Tensor, image: Tensor) -> Tensor:
@@ -31,31 +31,42 @@ def _new_directions(basis: Tensor, image: Tensor) -> Tensor:
 
     A plain QR would complete missing directions by rounding noise, and the complement would lose them at random.
     """
-    size = torch.linalg.matrix_norm(image)[..., None, None]
+    noise = 1000 * torch.finfo(image.dtype).eps * torch.linalg.matrix_norm(image)[..., None, None]
     # Projecting twice keeps the result orthogonal to the basis even where little is left.
     for _ in range(2):
         image = image - basis @ (basis.mT @ image)
     Q, T = torch.linalg.qr(image)
     X, t, _ = torch.linalg.svd(T)
-    found: Tensor = Q @ torch.where(t[..., None, :] > NOISE * size, X, 0.0)
+    found: Tensor = Q @ torch.where(t[..., None, :] > noise, X, 0.0)
     return found
 
 
 @in_true_float32
-def normalized_complement(U: Tensor, V: Tensor, GV: Tensor, GtU: Tensor, G: Tensor) -> Tensor:
-    """Return E (..., m, n) in the dtype of U; |E|_F <= 1, with equality when no row is left out.
+def seen_spaces(U: Tensor, V: Tensor, GV: Tensor, GtU: Tensor) -> tuple[Tensor, Tensor]:
+    """Return bases Q (..., m, 2r) of [U GV] and P (..., n, 2r) of [V G'U]; columns are orthonormal or zero.
 
     Args:
-        U, V: orthonormal factors (..., m, r), (..., n, r).
-        GV, GtU: the gradient's sketches by them (`momentum.sketch`).
+        U, V: real columns of the factors (`momentum.real_factors`), shapes (..., m, r), (..., n, r).
+        GV, GtU: the gradient's sketches by them.
+    """
+    scale = power_of_two(GV, GtU)
+    Q = torch.cat([U, _new_directions(U, GV / scale)], dim=-1)
+    P = torch.cat([V, _new_directions(V, GtU / scale)], dim=-1)
+    return Q, P
+
+
+@in_true_float32
+def normalized_complement(Q: Tensor, P: Tensor, G: Tensor) -> Tensor:
+    """Return E (..., m, n) in the dtype of Q; |E|_F <= 1, with equality when no row is left out.
+
+    Args:
+        Q, P: from `seen_spaces`.
         G: gradient (..., m, n), finite.
     """
     m = G.shape[-2]
-    scale = power_of_two(G)
-    G, GV, GtU = G.to(U.dtype) / scale, GV / scale, GtU / scale
+    G = G.to(Q.dtype)
+    G = G / power_of_two(G)
     # R = (I - Q Q') G (I - P P'), without projectors of size m x m or n x n
-    Q = torch.cat([U, _new_directions(U, GV)], dim=-1)
-    P = torch.cat([V, _new_directions(V, GtU)], dim=-1)
     R = G - Q @ (Q.mT @ G)
     R = R - (R @ P) @ P.mT
     # E_i = R_i / (|R_i| sqrt(m)), with lengths taken of rows of largest element 1, whose squares stay in range
@@ -64,7 +75,9 @@ def normalized_complement(U: Tensor, V: Tensor, GV: Tensor, GtU: Tensor, G: Tens
     R = R / unit
     length = torch.linalg.vector_norm(R, dim=-1, keepdim=True)
     noise = NOISE * torch.linalg.vector_norm(G / unit, dim=-1, keepdim=True)
-    return torch.where(length > noise, R / (length * math.sqrt(m)), 0.0)
+    # The projections also round relative to the whole of G, which is all there is in the row of a dead unit.
+    floor = 100 * torch.finfo(G.dtype).eps * torch.linalg.matrix_norm(G)[..., None, None] / math.sqrt(m)
+    return torch.where((length > noise) & (length * unit > floor), R / (length * math.sqrt(m)), 0.0)
 
 
 def complement_scale(c: float, m: int, n: int) -> float:

@@ -1,14 +1,14 @@
 """One step of the factored parameters, in two phases around the global norm.
 
-`observe` (the constructors) reads the window's gradient into sketches and says what each matrix adds to the norm;
-`take` advances the momentum by the clipped sketches and moves the weights. Nothing here waits for the device: masks
-decide there which matrices move.
+Constructing an `Update` or a `Start` reads the window's gradient into sketches and says what each matrix adds to the
+norm; `take` advances the momentum by the clipped sketches and moves the weights. Masks decide on the device which
+matrices move, so that nothing is read back, except by torch's own SVD on CUDA.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mofasgd.apply import Rounding, apply_update
-from mofasgd.complement import complement_scale, normalized_complement
+from mofasgd.complement import complement_scale, normalized_complement, seen_spaces
 from mofasgd.layout import MatrixShape, as_matrices
 from mofasgd.momentum import (
     Factors,
@@ -24,12 +24,14 @@ from mofasgd.momentum import (
     init_sketch,
     init_widths,
     moving,
+    power_of_two,
+    real_factors,
     sketch,
     starts_from_gradient,
     tangent_square_norm,
     truncated_svd,
 )
-from mofasgd.options import Group
+from mofasgd.options import Group, number
 from mofasgd.rng import START_LEFT, START_RIGHT, gaussian, key_of
 from mofasgd.solver import Solver
 
@@ -42,6 +44,8 @@ class Member:
         index: number of the parameter in the optimizer, as in its state_dict.
         param, group, state: the weight, its group, its state (`mofasgd.state`).
         shape: how it is cut into matrices; b of them below.
+        factor: of the gradient (clipping and GradScaler's scale), 0-dim, once it is known; None: 1.
+        spaces: what the complement leaves out, (b, m, 2r) and (b, n, 2r), once it is known and if it is asked for.
     """
 
     index: int
@@ -49,20 +53,19 @@ class Member:
     group: Group
     state: dict[str, Tensor]
     shape: MatrixShape
+    factor: Tensor | None = None
+    spaces: tuple[Tensor, Tensor] | None = None
 
     def gradient(self) -> Tensor:
-        """Return the gradient as (b, m, n)."""
+        """Return the gradient as (b, m, n), not scaled by `factor`."""
         assert self.param.grad is not None
         return as_matrices(self.param.grad, self.shape)
 
     def factors(self) -> Factors:
         """Return U (b, m, r), s (b, r), V (b, n, r) of the state."""
         b = self.shape.batch
-        return Factors(*(self.state[k].reshape(b, *self.state[k].shape[len(self.shape.lead) :]) for k in "UsV"))
-
-    def initialized(self) -> Tensor:
-        """Return which matrices have a momentum, bool (b,)."""
-        return self.state["initialized"].reshape(self.shape.batch)
+        lead = len(self.shape.lead)
+        return Factors(*(self.state[k].reshape(b, *self.state[k].shape[lead:]) for k in Factors._fields))
 
 
 class Displacement(NamedTuple):
@@ -118,7 +121,10 @@ def lr_factor(group: Group, shape: MatrixShape, square_norm: Tensor) -> float | 
 
 
 def displacement(member: Member, before: Factors, after: Factors, active: Tensor) -> Displacement:
-    """Return the step of `member`'s group: polar or reciprocal, with the normalized complement if it is asked for."""
+    """Return the step of `member`'s group: polar or reciprocal, with the normalized complement if it is asked for.
+
+    `before` is for other steps than the package's own (`mofasgd.paper`).
+    """
     group, shape = member.group, member.shape
     live = moving(after.s)
     if group["update"] == "polar":
@@ -128,10 +134,8 @@ def displacement(member: Member, before: Factors, after: Factors, active: Tensor
         coefficients = torch.where(inside, group["eta1"] * (1 / after.s).clamp(max=group["max_value"]), 0.0)
     square_norm = coefficients.square().sum(dim=-1)
     extra = None
-    if group["complement"]:
-        # A matrix that is not active (a NaN, say) does not move; LAPACK must not see it.
-        G = torch.where(active[:, None, None], member.gradient(), 0.0)
-        extra = normalized_complement(before.U, before.V, *sketch(G, before.U, before.V), G)
+    if member.spaces is not None:
+        extra = normalized_complement(*member.spaces, _clean(member.gradient(), active))
         extra *= complement_scale(group["complement"], shape.m, shape.n)
         square_norm = square_norm + extra.square().sum(dim=(-2, -1))
     left = after.U * coefficients[:, None, :]
@@ -144,6 +148,11 @@ def start_matrices(seed: int, index: int, shape: MatrixShape, rank: int, like: T
     Omega = gaussian(shape.n, width, key_of(seed, START_RIGHT, index), like.device, like.dtype)
     Psi = gaussian(shape.m, height, key_of(seed, START_LEFT, index), like.device, like.dtype)
     return Omega, Psi
+
+
+def _clean(observed: Tensor, active: Tensor) -> Tensor:
+    """Return `observed` (B, ., .) with zeros where the matrix does not move: LAPACK refuses NaN."""
+    return torch.where(active[:, None, None], observed, 0.0)
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
@@ -167,107 +176,129 @@ def _pick(mask: Tensor, yes: Factors, no: Factors) -> Factors:
 class Update:
     """Parameters of one shape and one group whose matrices have a momentum: one batch of small algebra.
 
+    There are `count` parameters of b matrices each, B = count * b.
+
     Attributes:
-        finite: bool (M,), one for each member.
+        stored, before: factors as in the state, and their real columns, by which the gradient is sketched.
+        finite: bool (count,), whether a parameter's sketch is; after `take`, also whether its new momentum is.
         active: bool (B,), the matrices that move: finite and with a non-zero sketch.
-        square_norm: 0-dim float64, |Ghat|^2 summed over the active matrices.
+        square_norms: (B,) float64, |Ghat|^2 of the active matrices, 0 elsewhere.
     """
 
     def __init__(self, members: list[Member], context: Context) -> None:
         self.members, self.context = members, context
-        self.before = Factors(*(torch.cat(parts) for parts in zip(*(m.factors() for m in members), strict=True)))
+        self.b = members[0].shape.batch
+        self.stored = Factors(*(torch.cat(parts) for parts in zip(*(m.factors() for m in members), strict=True)))
+        self.before = real_factors(*self.stored)
         # Products with G run per matrix: gradients are never stacked.
-        sketches = [sketch(m.gradient(), *m.factors()[::2]) for m in members]
+        sketches = [
+            sketch(member.gradient(), self.before.U[part], self.before.V[part]) for part, member in self._parts()
+        ]
         GV, GtU = (torch.cat(parts) for parts in zip(*sketches, strict=True))
-        self.finite, self.active = self._judge((GV, GtU))
-        self.GV, self.GtU = self._clean(GV), self._clean(GtU)
-        self.square_norm = tangent_square_norm(self.before.U, self.GV, self.GtU).sum()
-
-    def _judge(self, observed: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return (finite (M,), active (B,)) by the elements of what was observed, each (B, ., .)."""
-        b = self.members[0].shape.batch
         # A parameter is skipped as a whole, a zero slice of a stack on its own.
-        finite = _all_finite(observed).view(-1, b).all(dim=1)
-        active = finite.repeat_interleave(b) & _any_nonzero(observed)
-        gate = self.context.gate
-        return finite, active if gate is None else active & gate.to(active.device)
+        self.finite = _all_finite((GV, GtU)).view(-1, self.b).all(dim=1)
+        self.active = self._gated(self.finite.repeat_interleave(self.b) & _any_nonzero((GV, GtU)))
+        self.GV, self.GtU = _clean(GV, self.active), _clean(GtU, self.active)
+        self.square_norms = tangent_square_norm(self.before.U, self.GV, self.GtU)
 
-    def _clean(self, observed: Tensor) -> Tensor:
-        """Return `observed` (B, ., .) with zeros where the matrix does not move: LAPACK refuses NaN."""
-        return torch.where(self.active[:, None, None], observed, 0.0)
+    def _parts(self) -> Iterator[tuple[slice, Member]]:
+        """Yield every member with its part of the batch."""
+        for i, member in enumerate(self.members):
+            yield slice(i * self.b, (i + 1) * self.b), member
+
+    def _gated(self, active: Tensor) -> Tensor:
+        gate = self.context.gate
+        return active if gate is None else active & gate.to(active.device)
 
     def advance(self, factor: Tensor | None) -> Factors:
-        """Return the factors after this step; `factor` (0-dim) scales the gradient."""
+        """Return the factors after this step where active, else anything; `factor` (0-dim) scales the gradient."""
         GV, GtU = (self.GV, self.GtU) if factor is None else (self.GV * factor, self.GtU * factor)
-        after = self.context.solver(*self.before, GV, GtU, self.members[0].group["beta"])
-        return _pick(self.active, after, self.before)
+        return self.context.solver(*self.before, GV, GtU, number(self.members[0].group["beta"]))
+
+    def spaces(self) -> tuple[Tensor, Tensor]:
+        """Return what the complement leaves out (`complement.seen_spaces`)."""
+        return seen_spaces(self.before.U, self.before.V, self.GV, self.GtU)
 
     def take(self, factor: Tensor | None) -> None:
-        """Advance momentum and weights of all members."""
+        """Advance momentum and weights of all members; `factor` (0-dim) scales the gradient."""
         after = self.advance(factor)
-        b = self.members[0].shape.batch
-        for i, member in enumerate(self.members):
-            part = slice(i * b, (i + 1) * b)
+        # Finite sketches may still add up to a momentum beyond the largest number.
+        fits = after.s.isfinite().all(dim=-1) | ~self.active
+        self.finite = self.finite & fits.view(-1, self.b).all(dim=1)
+        active = self.active & self.finite.repeat_interleave(self.b)
+        after = _pick(active, after, self.stored)
+        spaces = self.spaces() if self.members[0].group["complement"] else None
+        for part, member in self._parts():
+            member.factor = factor
+            member.spaces = None if spaces is None else (spaces[0][part], spaces[1][part])
             before_i, after_i = (Factors(*(t[part] for t in f)) for f in (self.before, after))
-            _finish(member, before_i, after_i, self.active[part], self.context)
+            _finish(member, before_i, after_i, active[part], self.context)
 
 
 class Start(Update):
     """A parameter in its first window: the momentum becomes M_1. A stack may hold started matrices as well."""
 
-    def __init__(self, member: Member, context: Context) -> None:
-        self.members, self.context = [member], context
-        self.before = member.factors()
-        rank, shape, G = self.before.s.shape[-1], member.shape, member.gradient()
+    def __init__(self, member: Member, pending: list[int], context: Context) -> None:
+        """Observe `member`, whose matrices number `pending` (in its batch) have no momentum yet."""
+        # Pending matrices have zero factors, hence zero sketches and no part in this.
+        super().__init__([member], context)
+        device = self.stored.U.device
+        every = len(pending) == self.b
+        self.pending = torch.arange(self.b, device=device) if every else torch.tensor(pending, device=device)
+        G = member.gradient() if every else member.gradient()[self.pending]
+        shape, rank = member.shape, self.stored.s.shape[-1]
+        Psi = None
         if starts_from_gradient(shape.m, shape.n, rank):
-            G = G.to(self.before.U.dtype)
-            self.finite, self.active = self._judge([G])
-            self.first = truncated_svd(self._clean(G), rank)
+            observed: tuple[Tensor, ...] = (G.to(self.stored.U.dtype),)
         else:
-            Omega, Psi = start_matrices(context.seed, member.index, shape, rank, self.before.U)
-            Y, Z = init_sketch(G, Omega, Psi)
-            self.finite, self.active = self._judge([Y, Z])
-            self.first = init_factors(self._clean(Y), self._clean(Z), Psi, rank)
-        squares = self.first.s.double().square().sum(dim=-1)
-        self.rest = None
-        if shape.lead:
-            self.rest = Update([member], context)
-            started = member.initialized()
-            self.active = torch.where(started, self.rest.active, self.active)
-            rest = tangent_square_norm(self.rest.before.U, self.rest.GV, self.rest.GtU)
-            squares = torch.where(started, rest, squares)
-        self.square_norm = (squares * self.active).sum()
+            Omega, Psi = start_matrices(context.seed, member.index, shape, rank, self.stored.U)
+            observed = init_sketch(G, Omega, Psi)
+        self.finite = self.finite & _all_finite(observed).all()
+        starts = self._gated(self.finite & _any_nonzero(observed))
+        self.active = self.active.index_copy(0, self.pending, starts) & self.finite
+        # M_1 is found at a power of two of its size, which may be out of range until the gradient is clipped.
+        clean = [_clean(t, starts) for t in observed]
+        scale = power_of_two(*clean)
+        clean = [t / scale for t in clean]
+        self.first = truncated_svd(clean[0], rank) if Psi is None else init_factors(clean[0], clean[1], Psi, rank)
+        self.s = self.first.s.double() * scale[..., 0]
+        self.square_norms = self.square_norms.index_copy(0, self.pending, self.s.square().sum(dim=-1)) * self.active
 
     def advance(self, factor: Tensor | None) -> Factors:
         """Return M_1 of the matrices that start, the update of those that have started."""
-        first = self.first if factor is None else self.first._replace(s=self.first.s * factor)
-        member = self.members[0]
-        after = first if self.rest is None else _pick(member.initialized(), self.rest.advance(factor), first)
-        after = _pick(self.active, after, self.before)
+        s = self.s if factor is None else self.s * factor
+        first = self.first._replace(s=s.to(self.first.s.dtype))
         # M_1 has no factors before it; the complement is then taken of its own.
-        self.before = _pick(member.initialized(), self.before, after)
-        return after
+        self.before = self._with(self.before, real_factors(*first))
+        return first if len(self.pending) == self.b else self._with(super().advance(factor), first)
+
+    def _with(self, factors: Factors, first: Factors) -> Factors:
+        """Return `factors` with `first` in the pending places."""
+        return Factors(*(old.index_copy(0, self.pending, new) for old, new in zip(factors, first, strict=True)))
+
+    def spaces(self) -> tuple[Tensor, Tensor]:
+        """Return what the complement leaves out; the matrices that start are sketched by M_1."""
+        G = _clean(self.members[0].gradient(), self.active)
+        return seen_spaces(self.before.U, self.before.V, *sketch(G, self.before.U, self.before.V))
 
 
 def _finish(member: Member, before: Factors, after: Factors, active: Tensor, context: Context) -> None:
     """Store `after` and move the weight where `active` (b,)."""
     group, state = member.group, member.state
     move = context.displace(member, before, after, active)
-    for name, value in zip("UsV", after, strict=True):
+    for name, value in zip(Factors._fields, after, strict=True):
         state[name].copy_(value.view(state[name].shape))
     state["initialized"].logical_or_(active.view(state["initialized"].shape))
     state["step"] += active.any()
 
     compute = torch.promote_types(member.param.dtype, move.left.dtype)
     moves = active.to(compute)
-    rate = moves[:, None, None] * (group["lr"] * move.scale)
+    lr, decay = number(group["lr"]), number(group["weight_decay"])
+    rate = moves[:, None, None] * (lr * move.scale)
     left = move.left * rate
-    extra = None
-    if move.extra is not None:
-        extra = torch.where(active[:, None, None], move.extra, 0.0) * rate
-    decay = group["weight_decay"]
+    extra = None if move.extra is None else move.extra.mul_(rate)
     # A decay of 0 saves a pass over the weight; as a tensor it cannot be read here.
-    keep = None if isinstance(decay, (int, float)) and decay == 0 else 1 - moves * (group["lr"] * decay)
+    keep = None if isinstance(decay, (int, float)) and decay == 0 else 1 - moves * (lr * decay)
     rounding = Rounding.of(context.stochastic_rounding, context.seed, member.index, state["step"])
     weight = as_matrices(member.param, member.shape)
     apply_update(weight, left, move.right, extra, keep, rounding)

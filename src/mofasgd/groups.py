@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from mofasgd.layout import matrix_shape
-from mofasgd.options import FACTORED_KEYS, Group, did_you_mean
+from mofasgd.options import FACTORED_KEYS, Group, check_number, check_whole, did_you_mean
 
 # Keys that param_groups decides for each parameter, so that no single value can be asked for.
 _DECIDED = ("layout", "transposed")
@@ -41,25 +44,27 @@ class ParamGroups(list[Group]):
                 yield name, param, group, why
 
     def __str__(self) -> str:
-        table: dict[tuple[str, ...], list[int]] = {}
+        table: Counter[tuple[str, ...]] = Counter()
         sizes = {"mofasgd": [0, 0], "adamw": [0, 0]}
         state = 0
         for name, param, group, why in self.rows():
-            algorithm, rank, layout = group["algorithm"], "", ""
+            algorithm, rank, layout = group.get("algorithm", "mofasgd"), "", ""
             sizes[algorithm][0] += 1
             sizes[algorithm][1] += param.numel()
             if algorithm == "mofasgd":
                 shape = matrix_shape(group.get("layout"), tuple(param.shape))
-                r = min(group["rank"], shape.m, shape.n)
+                # A group added by hand may leave the rank to the optimizer, whose default is 32.
+                r = min(group.get("rank", 32), shape.m, shape.n)
                 state += shape.batch * r * (shape.m + shape.n + 1)
                 rank, layout = str(r), str(group.get("layout") or "")
             else:
                 state += 2 * param.numel()
             # Layers that differ by their number only share a line.
             key = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), "x".join(map(str, param.shape)), algorithm)
-            table.setdefault((*key, rank, layout, why), []).append(1)
+            line = (*key, rank, layout, why)
+            table[line] += 1
         head = ("parameter", "count", "shape", "algorithm", "rank", "layout", "why")
-        lines = [(k[0], str(len(v)), *k[1:]) for k, v in table.items()]
+        lines = [(k[0], str(count), *k[1:]) for k, count in table.items()]
         widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
         text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [head, *lines]]
         (nf, f), (na, a) = sizes["mofasgd"], sizes["adamw"]
@@ -102,11 +107,14 @@ def param_groups(
 
     Raises:
         ValueError: for a pattern that matches nothing, contradicting patterns, an unknown key, a forced parameter
-            that cannot be factored, or a model of which nothing would be factored.
+            that cannot be factored, a value out of range, or a lazy module that has seen no input yet.
     """
     for name, patterns in (("factor", factor), ("adamw", adamw)):
-        if isinstance(patterns, str):
-            raise ValueError(f"{name}={patterns!r} should be a list of patterns: write {name}=[{patterns!r}]")
+        if isinstance(patterns, str) or not isinstance(patterns, Sequence):
+            raise ValueError(f"{name}={patterns!r} should be a list of name patterns: write {name}=['...']")
+    check_whole("rank", rank, 1)
+    for name, value in (("lr", lr), ("adamw_lr", adamw_lr), ("weight_decay", weight_decay)):
+        check_number(name, value, 0.0)
     for key in mofasgd_keys:
         if key in _DECIDED or key not in FACTORED_KEYS:
             known = tuple(k for k in FACTORED_KEYS if k not in _DECIDED)
@@ -123,7 +131,10 @@ def param_groups(
         layout = "flatten" if role.convolution else {2: "matrix", 3: "stack"}.get(param.ndim, "flatten")
         why = _why_adamw(param, role, layout, rank)
         if param in forced["factor"]:
-            matrix_shape(layout, tuple(param.shape))
+            try:
+                matrix_shape(layout, tuple(param.shape))
+            except ValueError as error:
+                raise ValueError(f"factor={forced['factor'][param]!r} matches {role.names[0]!r}: {error}") from None
             factored, why = True, f"factor={forced['factor'][param]!r}"
         elif param in forced["adamw"]:
             factored, why = False, f"adamw={forced['adamw'][param]!r}"
@@ -142,9 +153,10 @@ def param_groups(
     groups = ParamGroups(buckets[key] for key in sorted(buckets, key=lambda k: k[0]))
     groups._notes = notes
     if not any(group["algorithm"] == "mofasgd" for group in groups):
-        raise ValueError(
-            f"nothing of this model would be factored at rank={rank}: lower the rank, force matrices with "
-            "factor=[...], or use torch.optim.AdamW"
+        warnings.warn(
+            f"nothing of this model is factored at rank={rank}, AdamW trains it all: lower the rank, or force "
+            "matrices with factor=[...]",
+            stacklevel=2,
         )
     return groups
 
@@ -154,6 +166,8 @@ def _roles(model: nn.Module, head: nn.Module | str | None) -> dict[Tensor, _Role
     names: dict[Tensor, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         if param.requires_grad:
+            if is_lazy(param):
+                raise ValueError(f"parameter {name!r} has no shape yet: run one batch through the model first")
             names.setdefault(param, []).append(name)
     roles = {param: _Role(all_names) for param, all_names in names.items()}
     heads = set(_head(model, head).parameters())
@@ -178,9 +192,11 @@ def _roles(model: nn.Module, head: nn.Module | str | None) -> dict[Tensor, _Role
 
 def _head(model: nn.Module, head: nn.Module | str | None) -> nn.Module:
     nothing = nn.Module()
-    if isinstance(head, nn.Module):
+    if isinstance(head, nn.Module) and any(module is head for module in model.modules()):
         return head
-    if isinstance(head, str):
+    if head is not None and (head == "" or not isinstance(head, str)):
+        raise ValueError(f"head={head!r} is no module of this model: give one of its modules, or the name of one")
+    if head is not None:
         try:
             return model.get_submodule(head)
         except AttributeError:

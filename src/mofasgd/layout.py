@@ -42,9 +42,8 @@ def resolve_layout(layout: str | None, shape: tuple[int, ...]) -> str:
         return {2: "matrix", 3: "stack"}.get(len(shape), "flatten")
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
-    if (layout == "matrix") != (len(shape) == 2):
-        wanted = "'matrix'" if len(shape) == 2 else "'stack' or 'flatten'"
-        raise ValueError(f"layout={layout!r} does not fit a parameter of shape {tuple(shape)}: use {wanted}")
+    if layout == "matrix" and len(shape) != 2:
+        raise ValueError(f"layout='matrix' does not fit a parameter of shape {tuple(shape)}: use 'stack' or 'flatten'")
     return layout
 
 

@@ -22,7 +22,8 @@ Deviations from the paper and the authors' code:
   and it makes gradients of size 1e-30 and 1e30 as good as any other.
 * The moment starts from the first gradient (`init_sketch`, `init_factors`); the authors' code starts from the weight.
 * Columns of U and V beyond the numerical rank of M are an arbitrary orthonormal completion. `direction` leaves them
-  out, so that a gradient of rank q < r moves the weight in a q-dimensional space only.
+  out of the step and `real_factors` out of the tangent space, so that rounding noise decides nothing and a gradient of
+  rank q < r moves the weight in a q-dimensional space only.
 
 All functions are pure, take float32 or float64, and compute in that precision whatever autocast and TF32 say.
 """
@@ -51,9 +52,8 @@ class Factors(NamedTuple):
 def power_of_two(*tensors: Tensor) -> Tensor:
     """Largest power of two <= the largest magnitude, one for each matrix, shape (..., 1, 1); 1 where all are 0."""
     largest = torch.stack([t.abs().amax(dim=(-2, -1)) for t in tensors]).amax(dim=0)
-    exponent = torch.frexp(largest).exponent - 1
-    # A power below 2^-125 would be subnormal, and dividing by it might overflow.
-    scale = torch.ldexp(torch.ones_like(largest), exponent.clamp(min=-125))
+    # x / (2 mantissa) is a power of two without rounding. Below 2^-125 it might be subnormal, and useless to divide by.
+    scale = (largest / (2 * torch.frexp(largest).mantissa)).clamp(min=2.0**-125)
     return torch.where(largest > 0, scale, 1.0)[..., None, None]
 
 
@@ -91,6 +91,8 @@ def update_factors(U: Tensor, s: Tensor, V: Tensor, GV: Tensor, GtU: Tensor, bet
     r = s.shape[-1]
     scale = power_of_two(s[..., None], GV, GtU)
     s, GV, GtU = s / scale[..., 0], GV / scale, GtU / scale
+    if isinstance(beta, Tensor):
+        beta = beta.to(s.dtype)
     # C = U' G V
     C = U.mT @ GV
     # [U  GV - U C] = Qu Ru,   [V  GtU - V C'] = Qv Rv
@@ -143,8 +145,7 @@ def init_sketch(G: Tensor, Omega: Tensor, Psi: Tensor) -> tuple[Tensor, Tensor]:
         Omega: Gaussian test matrix (n, l).
         Psi: Gaussian test matrix (m, k), k > l.
     """
-    G = G.to(Omega.dtype)
-    return G @ Omega, G.mT @ Psi
+    return sketch(G, Psi, Omega)
 
 
 @in_true_float32
@@ -167,6 +168,15 @@ def init_factors(Y: Tensor, Z: Tensor, Psi: Tensor, rank: int) -> Factors:
 def moving(s: Tensor, tol: float = RANK_TOLERANCE) -> Tensor:
     """Return which directions are real, s_i > tol s_1, as booleans of the shape of s (..., r)."""
     return s > tol * s[..., :1]
+
+
+def real_factors(U: Tensor, s: Tensor, V: Tensor, tol: float = RANK_TOLERANCE) -> Factors:
+    """Return the factors with zeros in place of completion columns; the sketches by them see real directions only.
+
+    A momentum of exactly 0 has no real direction; it keeps its columns, or no gradient could ever reach it again.
+    """
+    kept = (moving(s, tol) | (s[..., :1] == 0)).to(s.dtype)
+    return Factors(U * kept[..., None, :], s * kept, V * kept[..., None, :])
 
 
 @in_true_float32

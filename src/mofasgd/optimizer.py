@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, overload
@@ -14,13 +13,22 @@ from torch.optim import Optimizer
 from mofasgd.adamw import adamw_step
 from mofasgd.apply import Rounding
 from mofasgd.factored import Context, Displacement, Member, Start, Update, displacement
-from mofasgd.layout import matrix_shape
 from mofasgd.momentum import Factors
-from mofasgd.options import Group, check_choice, check_number, complete
+from mofasgd.options import (
+    Group,
+    check_choice,
+    check_flag,
+    check_number,
+    check_parameters,
+    check_polar,
+    check_whole,
+    complete,
+    number,
+)
+from mofasgd.precision import true_float32
 from mofasgd.solver import SOLVERS
-from mofasgd.state import factored_shape, new_adamw, new_factored, restore
+from mofasgd.state import factored_shape, new_adamw, new_factored, restore, waiting
 
-_WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _STATE_DTYPES = (torch.float32, torch.float64)
 
 
@@ -55,7 +63,7 @@ class MoFaSGD(Optimizer):
             Factored parameters count with the norm of Ghat.
         state_dtype: dtype of factors and of AdamW's moments, float32 or float64.
         stochastic_rounding: round bfloat16 weights at random, unbiased and reproducible, instead of to nearest.
-        solver: "svd" (exact) or "auto" (best for device and size).
+        solver: "svd" (exact) or "auto" (the best for device and size; today always "svd").
         seed: of the start's test matrices and of stochastic rounding; torch's generators are not used.
         adamw_betas, adamw_eps: defaults of the AdamW groups.
         eta1, clip_eps, max_value: for update="reciprocal" only: factor of the step, the singular value at or below
@@ -101,6 +109,8 @@ class MoFaSGD(Optimizer):
         max_value: float | None = None,
     ) -> None:
         check_choice("solver", solver, tuple(SOLVERS))
+        check_whole("seed", seed)
+        check_flag("stochastic_rounding", stochastic_rounding)
         if state_dtype not in _STATE_DTYPES:
             raise ValueError(
                 f"state_dtype={state_dtype} should be float32 or float64: bfloat16 factors lose orthonormality"
@@ -130,13 +140,13 @@ class MoFaSGD(Optimizer):
         # Checked even if every group brings its own values.
         complete({"algorithm": "mofasgd"}, self._factored_defaults, self._adamw_defaults)
         complete({"algorithm": "adamw"}, self._factored_defaults, self._adamw_defaults)
-        if update == "polar" and self._factored_defaults.keys() & reciprocal.keys():
-            key = next(iter(self._factored_defaults.keys() & reciprocal.keys()))
-            raise ValueError(f"{key}={reciprocal[key]!r} takes effect with update='reciprocal' only: drop it")
-        self._pending: set[Tensor] | None = None
+        if update == "polar":
+            check_polar(self._factored_defaults)
+        # Host copy of which matrices wait for their start; None until it has been read from the state.
+        self._pending: dict[Tensor, list[int]] | None = None
         self._norm: Tensor | None = None
         self._nonfinite: Tensor | int = 0
-        # torch fills these into every group; what only one algorithm reads is filled by add_param_group.
+        # Only what both algorithms read; add_param_group fills in the rest of each group.
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @property
@@ -152,38 +162,16 @@ class MoFaSGD(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in torch; checks its keys, its values and that its parameters can be factored."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a parameter group should be a dict, not {type(param_group).__name__}")
         super().add_param_group(complete(param_group, self._factored_defaults, self._adamw_defaults))
         group = self.param_groups[-1]
         try:
-            self._check_parameters(group)
+            check_parameters(group)
         except ValueError:
             self.param_groups.pop()
             raise
         self._pending = None
-
-    def _check_parameters(self, group: Group) -> None:
-        for position, param in enumerate(group["params"]):
-            name = self._name(group, position)
-            if type(param.data).__name__ == "DTensor":
-                raise ValueError(f"{name} is a DTensor: sharded weights are not supported yet, use replicas (DDP)")
-            if param.dtype not in _WEIGHT_DTYPES:
-                raise ValueError(f"{name} is {param.dtype}: train weights in bfloat16, float32 or float64")
-            if group["algorithm"] == "adamw":
-                continue
-            try:
-                shape = matrix_shape(group["layout"], tuple(param.shape))
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-            if min(shape.m, shape.n) < group["rank"]:
-                warnings.warn(
-                    f"{name} is {shape.m} x {shape.n}: its rank is lowered from {group['rank']} to "
-                    f"{min(shape.m, shape.n)}",
-                    stacklevel=5,
-                )
-
-    def _name(self, group: Group, position: int) -> str:
-        names = group.get("param_names")
-        return f"parameter {names[position]!r}" if names else f"parameter {position} of its group"
 
     def _parameters(self) -> Iterator[tuple[int, Tensor, Group]]:
         """Yield (index as in state_dict, parameter, group)."""
@@ -197,7 +185,7 @@ class MoFaSGD(Optimizer):
             if (param.requires_grad or param.grad is not None) and not self.state[param]:
                 self.state[param] = self._new_state(index, param, group)
         if self._pending is None:
-            self._pending = {p for p, s in self.state.items() if "initialized" in s and not s["initialized"].all()}
+            self._pending = waiting({p: s for p, s in self.state.items() if "initialized" in s})
 
     def _new_state(self, index: int, param: Tensor, group: Group) -> dict[str, Tensor]:
         self._pending = None
@@ -232,15 +220,17 @@ class MoFaSGD(Optimizer):
 
         updates, vectors = self._observe(gate)
         grads = [(p, p.grad) for _, p, _ in vectors]
+        # A sum of squares in float64 is finite exactly if float32 or bfloat16 elements are.
         norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for _, g in grads]
         finite = [norm.isfinite() for norm in norms]
-        factor = self._measure(updates, norms, finite, grad_scale)
+        taken = finite if gate is None else [ok & gate.to(ok.device) for ok in finite]
+        factor = self._measure(updates, norms, taken, grad_scale)
         for update in updates:
             update.take(None if factor is None else factor.to(update.active.device))
-        for (index, param, group), ok in zip(vectors, finite, strict=True):
-            active = ok if gate is None else ok & gate.to(ok.device)
+        for (index, param, group), active in zip(vectors, taken, strict=True):
             self._step_adamw(index, param, group, active, factor)
         self._settle(updates)
+        self._count(chain((update.finite for update in updates), finite))
         return loss
 
     def _observe(self, gate: Tensor | None) -> tuple[list[Update], list[tuple[int, Tensor, Group]]]:
@@ -258,12 +248,17 @@ class MoFaSGD(Optimizer):
             if group["algorithm"] == "adamw":
                 vectors.append((index, param, group))
                 continue
-            shape, _ = factored_shape(param, group)
+            shape, rank = factored_shape(param, group)
             member = Member(index, param, group, self.state[param], shape)
+            if member.state["s"].shape[-1] != rank:
+                raise ValueError(
+                    f"parameter {index} has a momentum of rank {member.state['s'].shape[-1]} but its group now says "
+                    f"{rank}: the rank of a running optimizer is fixed"
+                )
             if param in self._pending:
-                updates.append(Start(member, context))
+                updates.append(Start(member, self._pending[param], context))
             else:
-                key = (id(group), shape, member.state["s"].shape[-1], param.device)
+                key = (id(group), shape, rank, param.device)
                 buckets.setdefault(key, []).append(member)
         updates += [Update(members, context) for members in buckets.values()]
         return updates, vectors
@@ -272,18 +267,16 @@ class MoFaSGD(Optimizer):
         return displacement(member, before, after, active)
 
     def _measure(
-        self, updates: list[Update], norms: list[Tensor], finite: list[Tensor], grad_scale: Tensor | None
+        self, updates: list[Update], norms: list[Tensor], taken: list[Tensor], grad_scale: Tensor | None
     ) -> Tensor | None:
-        """Set the gradient's norm, count non-finite steps, and return the factor of all gradients (None: 1)."""
-        squares = [u.square_norm for u in updates]
-        squares += [torch.where(ok, n.square(), 0.0) for n, ok in zip(norms, finite, strict=True)]
+        """Set the gradient's norm and return the factor of all gradients (None: 1)."""
+        squares = [u.square_norms.sum() for u in updates]
+        squares += [torch.where(ok, n.square(), 0.0) for n, ok in zip(norms, taken, strict=True)]
         if not squares:
             self._norm = torch.zeros((), dtype=torch.float64)
             return None
         device = squares[0].device
         norm = torch.stack([s.to(device) for s in squares]).sum().sqrt()
-        flags = torch.cat([f.reshape(-1).to(device) for f in [*(u.finite for u in updates), *finite]])
-        self._nonfinite = self._nonfinite + (~flags.all()).to(torch.int64)
         factor = None
         if grad_scale is not None:
             factor = 1 / grad_scale.reshape(()).to(device, torch.float64)
@@ -297,17 +290,28 @@ class MoFaSGD(Optimizer):
     def _step_adamw(self, index: int, param: Tensor, group: Group, active: Tensor, factor: Tensor | None) -> None:
         assert param.grad is not None
         state = self.state[param]
-        grad = param.grad if factor is None else param.grad.to(self.state_dtype) * factor.to(param.device)
         rounding = Rounding.of(self.stochastic_rounding, self.seed, index, state["step"])
-        keys = ("lr", "betas", "eps", "weight_decay")
-        adamw_step(param, grad, state, active=active, rounding=rounding, **{k: group[k] for k in keys})
+        beta1, beta2 = (number(beta) for beta in group["betas"])
+        lr, eps, decay = (number(group[key]) for key in ("lr", "eps", "weight_decay"))
+        factor = None if factor is None else factor.to(param.device)
+        control: dict[str, Any] = {"active": active, "rounding": rounding, "factor": factor}
+        adamw_step(param, param.grad, state, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay, **control)
+
+    def _count(self, finite: Iterable[Tensor]) -> None:
+        """Count this step if any of the flags is False."""
+        flags = [flag.all() for flag in finite]
+        if flags:
+            bad = ~torch.stack([flag.to(flags[0].device) for flag in flags]).all()
+            before = self._nonfinite
+            self._nonfinite = bad + (before.to(bad.device) if isinstance(before, Tensor) else before)
 
     def _settle(self, updates: list[Update]) -> None:
-        """Drop the matrices that have started from the pending ones. Waits for the device while any is pending."""
+        """Note which matrices have started. Waits for the device while any is pending."""
         assert self._pending is not None
-        for update in updates:
-            if isinstance(update, Start) and update.members[0].state["initialized"].all():
-                self._pending.discard(update.members[0].param)
+        params = [update.members[0].param for update in updates if isinstance(update, Start)]
+        for param in params:
+            del self._pending[param]
+        self._pending |= waiting({param: self.state[param] for param in params})
 
     def grad_norm(self) -> Tensor:
         """Return the norm of the gradient that the last `step` saw, before clipping: 0-dim float64, on its device.
@@ -331,7 +335,7 @@ class MoFaSGD(Optimizer):
             if own is param and group["algorithm"] == "mofasgd":
                 if not self.state[param]:
                     self.state[param] = self._new_state(index, param, group)
-                return Factors(*(self.state[param][key].clone() for key in "UsV"))
+                return Factors(*(self.state[param][key].clone() for key in Factors._fields))
         raise ValueError(
             f"a parameter of shape {tuple(param.shape)} has no factors: it is not in a group with algorithm='mofasgd'"
         )
@@ -339,7 +343,8 @@ class MoFaSGD(Optimizer):
     def momentum(self, param: Tensor) -> Tensor:
         """Return the dense first moment M of a factored parameter, in its shape and `state_dtype` (for study)."""
         U, s, V = self.factors(param)
-        return ((U * s[..., None, :]) @ V.mT).reshape(param.shape)
+        with true_float32(U.device.type):
+            return ((U * s[..., None, :]) @ V.mT).reshape(param.shape)
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state_dict and `nonfinite_steps`, an int. Tensors and numbers only."""
@@ -354,7 +359,7 @@ class MoFaSGD(Optimizer):
         restored: dict[Tensor, dict[str, Tensor]] = {}
 
         def check(_: Optimizer, loaded: dict[str, Any]) -> None:
-            restored.update(restore(loaded, self.param_groups))
+            restored.update(restore(loaded, self.param_groups, self.state_dtype))
 
         def put_back(_: Optimizer) -> None:
             # torch has cast floating state to the dtype of the weights: bfloat16 factors would be lost factors.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import warnings
+from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from mofasgd.layout import LAYOUTS
+from mofasgd.layout import LAYOUTS, matrix_shape
 
 Group = dict[str, Any]
 
@@ -16,6 +19,8 @@ UPDATES = ("polar", "reciprocal")
 LR_SCALES = ("none", "spectral", "match_rms_adamw")
 RECIPROCAL_DEFAULTS: Group = {"eta1": 1.0, "clip_eps": 1e-4, "max_value": 1e4}
 """The authors' class defaults; keys that only update='reciprocal' reads."""
+
+_WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 FACTORED_KEYS = (
     "lr",
@@ -31,7 +36,10 @@ FACTORED_KEYS = (
 )
 ADAMW_KEYS = ("lr", "betas", "eps", "weight_decay")
 # Written into groups by torch's schedulers and by logging callbacks; they change nothing here.
-_FOREIGN_KEYS = ("params", "param_names", "algorithm", "name", "initial_lr", "max_lr", "min_lr", "swa_lr")
+_FOREIGN_KEYS = (
+    *("params", "param_names", "algorithm", "name"),
+    *("initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"),
+)
 
 
 def did_you_mean(word: str, known: tuple[str, ...]) -> str:
@@ -52,9 +60,34 @@ def check_number(name: str, value: object, low: float, high: float = float("inf"
         if value.numel() != 1:
             raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}: give one number")
         return
-    above = isinstance(value, (int, float)) and (value > low if open_low else value >= low)
-    if isinstance(value, bool) or not above or not value < high:  # type: ignore[operator]
-        raise ValueError(f"{name}={value!r} should be in {'(' if open_low else '['}{low:g}, {high:g})")
+    inside = isinstance(value, Real) and not isinstance(value, bool) and low <= float(value) < high
+    if not inside or (open_low and value == low):
+        raise ValueError(f"{name}={value!r} should be a number in {'(' if open_low else '['}{low:g}, {high:g})")
+
+
+def check_whole(name: str, value: object, low: int | None = None) -> None:
+    """Raise ValueError unless `value` is a whole number of at least `low`."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or (low is not None and value < low):  # type: ignore[operator]
+        raise ValueError(f"{name}={value!r} should be a whole number" + ("" if low is None else f" of at least {low}"))
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} should be True or False")
+
+
+def number(value: float | Tensor) -> float | Tensor:
+    """Return a group's number for arithmetic: a tensor of any one-element shape as 0-dim."""
+    return value.reshape(()) if isinstance(value, Tensor) else value
+
+
+def check_polar(options: Group) -> None:
+    """Raise ValueError if `options` hold a key that update="polar" does not read."""
+    for key in RECIPROCAL_DEFAULTS:
+        if key in options:
+            raise ValueError(f"{key}={options[key]!r} takes effect with update='reciprocal' only: drop it")
 
 
 def _check_factored(group: Group) -> None:
@@ -62,19 +95,14 @@ def _check_factored(group: Group) -> None:
     check_number("beta", group["beta"], 0.0, 1.0)
     check_number("weight_decay", group["weight_decay"], 0.0)
     check_number("complement", group["complement"], 0.0)
-    rank = group["rank"]
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank={rank!r} should be a whole number of at least 1")
+    check_whole("rank", group["rank"], 1)
     check_choice("update", group["update"], UPDATES)
     check_choice("lr_scale", group["lr_scale"], LR_SCALES)
     if group["layout"] is not None:
         check_choice("layout", group["layout"], LAYOUTS)
-    if not isinstance(group["transposed"], bool):
-        raise ValueError(f"transposed={group['transposed']!r} should be True or False")
+    check_flag("transposed", group["transposed"])
     if group["update"] == "polar":
-        for key in RECIPROCAL_DEFAULTS:
-            if key in group:
-                raise ValueError(f"{key}={group[key]!r} takes effect with update='reciprocal' only: drop it")
+        check_polar(group)
         return
     check_number("eta1", group["eta1"], 0.0)
     check_number("clip_eps", group["clip_eps"], 0.0)
@@ -125,3 +153,25 @@ def complete(group: Group, factored: Group, adamw: Group) -> Group:
     completed = defaults | group | {"algorithm": algorithm}
     (_check_factored if algorithm == "mofasgd" else _check_adamw)(completed)
     return completed
+
+
+def check_parameters(group: Group) -> None:
+    """Raise ValueError for a parameter of a completed group that its algorithm cannot train; warn of lowered ranks."""
+    for position, param in enumerate(group["params"]):
+        names = group.get("param_names")
+        name = f"parameter {names[position]!r}" if names else f"parameter {position} of its group"
+        if type(param.data).__name__ == "DTensor":
+            raise ValueError(f"{name} is a DTensor: sharded weights are not supported yet, use replicas (DDP)")
+        if param.dtype not in _WEIGHT_DTYPES:
+            raise ValueError(f"{name} is {param.dtype}: train weights in bfloat16, float32 or float64")
+        if group["algorithm"] == "adamw":
+            continue
+        try:
+            shape = matrix_shape(group["layout"], tuple(param.shape))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if min(shape.m, shape.n) < group["rank"]:
+            warnings.warn(
+                f"{name} is {shape.m} x {shape.n}: its rank is lowered from {group['rank']} to {min(shape.m, shape.n)}",
+                stacklevel=5,
+            )

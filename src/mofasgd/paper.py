@@ -1,6 +1,7 @@
 """The authors' published optimizer, for comparison: what their code does where it differs from their paper.
 
 `AuthorsMFSGD` follows `MomentumFactorizedSGD` of the authors' repository (commit 9538be3), in dense mode.
+Zero and non-finite gradients, clipping and weight decay follow the rules of `MoFaSGD`.
 G is the gradient and (U, s, V) are the factors after the update:
 
     start     (U, s, V) = SVD_r(W)                                   the weight's own factors
@@ -23,7 +24,7 @@ from mofasgd.factored import Displacement, Member
 from mofasgd.layout import as_matrices
 from mofasgd.momentum import Factors, sketch, truncated_svd, update_factors
 from mofasgd.optimizer import MoFaSGD
-from mofasgd.options import Group, check_number
+from mofasgd.options import Group, check_flag, check_number
 from mofasgd.precision import true_float32
 from mofasgd.state import factored_shape
 
@@ -62,6 +63,9 @@ class AuthorsMFSGD(MoFaSGD):
         max_value: float = 10000,
     ) -> None:
         check_number("eta2", eta2, 0.0)
+        check_flag("use_current_projection", use_current_projection)
+        check_flag("use_ones_for_nonzero_s", use_ones_for_nonzero_s)
+        check_flag("nesterov", nesterov)
         self.eta2, self.nesterov = eta2, nesterov
         self.use_current_projection = use_current_projection
         self.use_ones_for_nonzero_s = use_ones_for_nonzero_s
@@ -77,12 +81,19 @@ class AuthorsMFSGD(MoFaSGD):
             max_value=max_value,
         )
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of matrices, or one with algorithm="adamw"; keys that the authors' step lacks are refused."""
+        for key in ("update", "lr_scale", "complement", "transposed"):
+            if isinstance(param_group, dict) and key in param_group:
+                raise ValueError(f"{key}={param_group[key]!r} has no effect in AuthorsMFSGD: drop it, or use MoFaSGD")
+        super().add_param_group(param_group)
+
     def _new_state(self, index: int, param: Tensor, group: Group) -> dict[str, Tensor]:
         state = super()._new_state(index, param, group)
         if group["algorithm"] == "mofasgd":
             shape, rank = factored_shape(param, group)
             weight = as_matrices(param.detach(), shape).to(self.state_dtype)
-            for name, value in zip("UsV", truncated_svd(weight, rank), strict=True):
+            for name, value in zip(Factors._fields, truncated_svd(weight, rank), strict=True):
                 state[name].copy_(value.view(state[name].shape))
             state["initialized"].fill_(True)
         return state
@@ -90,6 +101,8 @@ class AuthorsMFSGD(MoFaSGD):
     def _displace(self, member: Member, before: Factors, after: Factors, active: Tensor) -> Displacement:
         group = member.group
         G = torch.where(active[:, None, None], member.gradient().to(after.U.dtype), 0.0)
+        if member.factor is not None:
+            G = G * member.factor
         U, s, V = after
         if self.nesterov:
             U, s, V = update_factors(*after, *sketch(G, after.U, after.V), group["beta"])

@@ -36,7 +36,10 @@ def true_float32(device_type: str) -> Iterator[None]:
             yield
     finally:
         for backend, precision in zip(_BACKENDS, saved, strict=True):
-            backend.fp32_precision = precision
+            # An inherited setting goes back to being inherited, so that a later change of its parent reaches it.
+            backend.fp32_precision = "none"
+            if backend.fp32_precision != precision:
+                backend.fp32_precision = precision
 
 
 def in_true_float32(function: Callable[P, R]) -> Callable[P, R]:

@@ -63,7 +63,7 @@ def random_words(key: int, step: int | Tensor, start: int, count: int, device: t
         device: where the words are made.
     """
     if not isinstance(step, Tensor):
-        step = torch.tensor(step)
+        step = torch.full((), step, device=device)
     # Two keys, so that two steps do not merely permute the same words.
     first = hash_words(step.to(device, torch.int32) ^ _signed(key))
     second = hash_words(first ^ _signed(hash_word(key)))

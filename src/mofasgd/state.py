@@ -18,13 +18,14 @@ both      step         (), float32        updates taken; float32 as in torch.opt
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mofasgd.layout import MatrixShape, matrix_shape
-from mofasgd.options import Group
+from mofasgd.options import ALGORITHMS, Group
 
 
 def factored_shape(param: Tensor, group: Group) -> tuple[MatrixShape, int]:
@@ -68,12 +69,26 @@ def new_adamw(param: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def restore(loaded: Any, groups: list[Group]) -> dict[Tensor, dict[str, Tensor]]:
-    """Return copies of the state in a loaded state_dict, by parameter, on its device and in their own dtypes.
+def waiting(states: dict[Tensor, dict[str, Tensor]]) -> dict[Tensor, list[int]]:
+    """Return the numbers of the matrices without a momentum, by parameter; a parameter with none such is left out.
+
+    Args:
+        states: state of factored parameters. One transfer for each device, which the host waits for.
+    """
+    flags = {param: state["initialized"].reshape(-1) for param, state in states.items()}
+    devices = {flag.device for flag in flags.values()}
+    on_host = {d: iter(torch.cat([f for f in flags.values() if f.device == d]).tolist()) for d in devices}
+    started = {param: list(islice(on_host[flag.device], flag.numel())) for param, flag in flags.items()}
+    return {p: [i for i, done in enumerate(all_) if not done] for p, all_ in started.items() if not all(all_)}
+
+
+def restore(loaded: Any, groups: list[Group], dtype: torch.dtype) -> dict[Tensor, dict[str, Tensor]]:
+    """Return copies of the state in a loaded state_dict, by parameter, on its device, floating tensors in `dtype`.
 
     Args:
         loaded: a state_dict of the optimizer; its tensors stay the caller's.
         groups: of the optimizer that loads it; its parameters are matched by position.
+        dtype: the optimizer's `state_dtype`.
 
     Raises:
         ValueError: if names, shapes or groups do not fit.
@@ -90,20 +105,23 @@ def restore(loaded: Any, groups: list[Group]) -> dict[Tensor, dict[str, Tensor]]
     result: dict[Tensor, dict[str, Tensor]] = {}
     index = 0
     for saved_group, group in zip(saved_groups, groups, strict=True):
+        if saved_group.get("algorithm") not in ALGORITHMS:
+            raise ValueError("the saved groups have no 'algorithm': this state_dict was saved by another optimizer")
         for saved_id, param in zip(saved_group["params"], group["params"], strict=True):
             entry = loaded["state"].get(saved_id)
             if entry:
                 _check_entry(entry, _expected_shapes(param, saved_group), f"parameter {index}")
-                result[param] = {key: value.detach().clone().to(param.device) for key, value in entry.items()}
+                result[param] = {key: _copy(key, value, param.device, dtype) for key, value in entry.items()}
             index += 1
     return result
 
 
+def _copy(key: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return value.detach().to(device, None if key in ("step", "initialized") else dtype, copy=True)
+
+
 def _expected_shapes(param: Tensor, saved_group: Group) -> dict[str, tuple[int, ...]]:
-    algorithm = saved_group.get("algorithm")
-    if algorithm not in ("mofasgd", "adamw"):
-        raise ValueError("the saved groups have no 'algorithm': this state_dict was saved by another optimizer")
-    if algorithm == "adamw":
+    if saved_group["algorithm"] == "adamw":
         return adamw_shapes(tuple(param.shape))
     return factored_shapes(*factored_shape(param, saved_group))
 
@@ -123,4 +141,9 @@ def _check_entry(entry: Any, expected: dict[str, tuple[int, ...]], name: str) ->
             raise ValueError(
                 f"state {key!r} of {name} should have shape {size} but is {what}: the model or the rank differs "
                 "from the saved run's, or the file is damaged"
+            )
+        if saved.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"state {key!r} of {name} is {saved.dtype}: something cast it, and factors of that precision are no "
+                "longer orthonormal; save and load optimizer state in its own dtype"
             )
