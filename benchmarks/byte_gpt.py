@@ -37,12 +37,12 @@ METHODS = {
     "mofasgd r8": {"rank": 8},
     "mofasgd r32": {"rank": 32},
     **{f"mofasgd r{r} c{c}": {"rank": r, "complement": float(c)} for r in (8, 32) for c in (1, 2)},
-    # The complement of other spaces than the package's, for docs/complement.md.
+    # Other complements than the package's, for docs/complement.md.
     **{
         f"mofasgd r{r} c{c} {basis}": {"rank": r, "complement": float(c), "basis": basis}
         for r in (8, 32)
         for c in (1, 2)
-        for basis in ("old", "new")
+        for basis in ("old", "new", "columns")
     },
 }
 
@@ -63,19 +63,23 @@ class Joint(torch.optim.Optimizer):
 
 
 def mofasgd_with(basis):
-    """Return MoFaSGD whose complement leaves out the spaces of the old factors or of the new ones only."""
+    """Return MoFaSGD with another complement: of the old or of the new factors' spaces only, or scaled by columns."""
     from mofasgd import MoFaSGD
-    from mofasgd.complement import complement_scale
+    from mofasgd.complement import complement_scale, normalized_complement
 
     class Variant(MoFaSGD):
         def _displace(self, member, before, after, active):
             plain = dataclasses.replace(member, spaces=None)
             move = super()._displace(plain, before, after, active)
-            U, _, V = before if basis == "old" else after
-            R = member.gradient() - U @ (U.mT @ member.gradient())
-            R = R - (R @ V) @ V.mT
-            extra = torch.nn.functional.normalize(R, dim=-1) / R.shape[-2] ** 0.5
-            return move._replace(extra=extra * complement_scale(member.group["complement"], *R.shape[-2:]))
+            G = member.gradient()
+            if basis == "columns":
+                Q, P = member.spaces
+                extra = normalized_complement(P, Q, G.mT).mT
+            else:
+                U, _, V = before if basis == "old" else after
+                R = G - U @ (U.mT @ G)
+                extra = torch.nn.functional.normalize(R - (R @ V) @ V.mT, dim=-1) / G.shape[-2] ** 0.5
+            return move._replace(extra=extra * complement_scale(member.group["complement"], *G.shape[-2:]))
 
     return Variant
 

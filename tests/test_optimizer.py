@@ -403,6 +403,7 @@ def test_an_overflow_anywhere_gates_adamw_parameters_too():
     scaler.step(opt)
     assert torch.equal(b, before)
     assert opt.grad_norm() == 0
+    assert opt.nonfinite_steps == 0
 
 
 class NoReadback(TorchFunctionMode):
@@ -470,3 +471,14 @@ def test_more_mistakes_raise(make, kind, message):
 def test_numbers_of_numpy_are_numbers():
     opt = MoFaSGD([weight(9, 7)], lr=np.float32(0.1), rank=np.int64(2))
     assert opt.factors(opt.param_groups[0]["params"][0]).s.shape == (2,)
+
+
+@pytest.mark.parametrize("lr_scale", ["none", "spectral", "match_rms_adamw"])
+def test_a_transposed_weight_trains_as_its_twin(lr_scale):
+    W = weight(12, 5)
+    twin = nn.Parameter(W.detach().mT.clone())
+    options = {"lr_scale": lr_scale, "complement": 1.0, "rank": 2, "weight_decay": 0.1, **F64}
+    grads = gradients((12, 5), 5)
+    run(MoFaSGD([W], **options), [W], grads)
+    run(MoFaSGD([{"params": [twin], "transposed": True}], **options), [twin], [G.T.copy() for G in grads])
+    assert (W - twin.mT).abs().max() <= 1e-12

@@ -9,6 +9,7 @@ is lost to the momentum. Each row of it is scaled to the same length and added t
     D = U_new V_new' + c sqrt(min(m, n)) E,        E_i = R_i / (|R_i| sqrt(m))
 
 U and V are the factors before this step's update; in a matrix's first window, which has none before, those of M_1.
+Rows of W are outputs here; of a transposed weight (`transposed` in its group) the columns are scaled.
 `docs/complement.md` has the measurements behind these choices: of U and V alone the complement trains worse.
 """
 

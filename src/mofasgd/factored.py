@@ -103,7 +103,7 @@ def lr_factor(group: Group, shape: MatrixShape, square_norm: Tensor) -> float | 
     """Return the factor of lr for weights of `shape` (`lr_scale`, DESIGN section 2).
 
     Args:
-        group: with `lr_scale` and `transposed` (rows are inputs, not outputs).
+        group: with `lr_scale` and `transposed`.
         shape: m and n are used.
         square_norm: (b,), |D|_F^2 of the step, equal to the number of directions that move if it is U V' alone.
 
@@ -135,7 +135,10 @@ def displacement(member: Member, before: Factors, after: Factors, active: Tensor
     square_norm = coefficients.square().sum(dim=-1)
     extra = None
     if member.spaces is not None:
-        extra = normalized_complement(*member.spaces, _clean(member.gradient(), active))
+        Q, P = member.spaces
+        G = _clean(member.gradient(), active)
+        # Rows of E are outputs; a transposed weight keeps those in columns.
+        extra = normalized_complement(P, Q, G.mT).mT if group["transposed"] else normalized_complement(Q, P, G)
         extra *= complement_scale(group["complement"], shape.m, shape.n)
         square_norm = square_norm + extra.square().sum(dim=(-2, -1))
     left = after.U * coefficients[:, None, :]

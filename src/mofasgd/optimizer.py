@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, overload
@@ -49,7 +50,7 @@ class MoFaSGD(Optimizer):
         params: tensors, or groups as `mofasgd.param_groups(model)` makes them. Group keys: `algorithm` ("mofasgd",
             the default, or "adamw"); for mofasgd `lr`, `rank`, `beta`, `weight_decay`, `complement`, `update`,
             `lr_scale`, `layout` ("matrix", "flatten", "stack"; default by the number of dimensions) and
-            `transposed` (rows are inputs); for adamw `lr`, `betas`, `eps`, `weight_decay`.
+            `transposed` (rows of W are inputs, not outputs); for adamw `lr`, `betas`, `eps`, `weight_decay`.
         lr: learning rate: spectral norm of the change of W in one step, before `lr_scale`. A float or 0-dim tensor.
         rank: r, lowered (with a warning) for a matrix whose smaller side is below it.
         beta: momentum decay in [0, 1). The recursion is beta M + Ghat, without a factor (1 - beta).
@@ -146,6 +147,7 @@ class MoFaSGD(Optimizer):
         self._pending: dict[Tensor, list[int]] | None = None
         self._norm: Tensor | None = None
         self._nonfinite: Tensor | int = 0
+        self._reported = 0
         # Only what both algorithms read; add_param_group fills in the rest of each group.
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
@@ -230,7 +232,7 @@ class MoFaSGD(Optimizer):
         for (index, param, group), active in zip(vectors, taken, strict=True):
             self._step_adamw(index, param, group, active, factor)
         self._settle(updates)
-        self._count(chain((update.finite for update in updates), finite))
+        self._count([*(update.finite for update in updates), *finite], gate)
         return loss
 
     def _observe(self, gate: Tensor | None) -> tuple[list[Update], list[tuple[int, Tensor, Group]]]:
@@ -297,13 +299,15 @@ class MoFaSGD(Optimizer):
         control: dict[str, Any] = {"active": active, "rounding": rounding, "factor": factor}
         adamw_step(param, param.grad, state, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay, **control)
 
-    def _count(self, finite: Iterable[Tensor]) -> None:
-        """Count this step if any of the flags is False."""
-        flags = [flag.all() for flag in finite]
-        if flags:
-            bad = ~torch.stack([flag.to(flags[0].device) for flag in flags]).all()
-            before = self._nonfinite
-            self._nonfinite = bad + (before.to(bad.device) if isinstance(before, Tensor) else before)
+    def _count(self, finite: list[Tensor], gate: Tensor | None) -> None:
+        """Count this step if any of the flags is False, unless GradScaler has closed the gate."""
+        if not finite:
+            return
+        device = finite[0].device
+        bad = ~torch.cat([flags.reshape(-1).to(device) for flags in finite]).all()
+        bad = bad if gate is None else bad & gate.to(device)
+        before = self._nonfinite
+        self._nonfinite = bad + (before.to(device) if isinstance(before, Tensor) else before)
 
     def _settle(self, updates: list[Update]) -> None:
         """Note which matrices have started. Waits for the device while any is pending."""
@@ -322,9 +326,16 @@ class MoFaSGD(Optimizer):
 
     @property
     def nonfinite_steps(self) -> int:
-        """Number of steps in which some parameter's gradient was not finite. Reading it waits for the device."""
-        self._nonfinite = int(self._nonfinite)
-        return self._nonfinite
+        """Number of steps in which some parameter's gradient was not finite; GradScaler's skipped ones do not count.
+
+        Reading it waits for the device, and warns if the number has grown since it was last read.
+        """
+        count = self._nonfinite = int(self._nonfinite)
+        if count > self._reported:
+            news = f"{count - self._reported} steps had a gradient that was not finite"
+            warnings.warn(f"{news}; the parameters concerned were left as they were", stacklevel=2)
+        self._reported = count
+        return count
 
     def factors(self, param: Tensor) -> Factors:
         """Return (U, s, V) of a factored parameter: copies in `state_dtype`; zeros while it is pending.
@@ -375,20 +386,12 @@ class MoFaSGD(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
-        self._nonfinite = int(state_dict.get("nonfinite_steps", 0))
+        self._nonfinite = self._reported = int(state_dict.get("nonfinite_steps", 0))
         self._pending = None
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only groups and state; copies and pickles need the settings too.
-        own = (
-            "_max_grad_norm",
-            "state_dtype",
-            "stochastic_rounding",
-            "solver",
-            "seed",
-            "_nonfinite",
-            "_norm",
-        )
-        kept = {key: self.__dict__[key] for key in (*own, "_factored_defaults", "_adamw_defaults")}
+        settings = "_max_grad_norm state_dtype stochastic_rounding solver seed _factored_defaults _adamw_defaults"
+        kept = {key: self.__dict__[key] for key in (*settings.split(), "_nonfinite", "_reported", "_norm")}
         parent: dict[str, Any] = super().__getstate__()
         return {**parent, **kept, "_pending": None}
