@@ -84,7 +84,9 @@ def test_docstring_examples_run(name):
     assert result.failed == 0
 
 
-def test_the_readme_example_runs():
+def test_the_readme_example_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert blocks
     for block in blocks:

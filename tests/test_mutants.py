@@ -204,7 +204,7 @@ MUTANTS = [
     (
         "complement of the factors alone",
         "complement.py",
-        "torch.cat([U, _new_directions(U, GV / scale)], dim=-1)",
+        "torch.cat([U, _new_directions(U, GV / scale, noise)], dim=-1)",
         "U",
         "test_optimizer.py::test_ten_steps_equal_the_dense_algorithm",
     ),

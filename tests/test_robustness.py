@@ -65,12 +65,12 @@ def kinds_of_gradient(shape, i):
     return G
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "rank"), [*((shape, 4) for shape in SHAPES), ((60, 50), 1), ((60, 50), 40)])
 @pytest.mark.parametrize("complement", [0.0, 2.0])
-def test_a_thousand_hard_steps_leave_no_nan_and_orthonormal_factors(shape, complement):
+def test_a_thousand_hard_steps_leave_no_nan_and_orthonormal_factors(shape, rank, complement):
     W = weight(shape)
-    with pytest.warns(UserWarning, match="lowered") if min(shape[-2:]) < 4 else nullcontext():
-        opt = MoFaSGD([W], lr=0.01, rank=4, complement=complement, lr_scale="match_rms_adamw", max_grad_norm=1e3)
+    with pytest.warns(UserWarning, match="lowered") if min(shape[-2:]) < rank else nullcontext():
+        opt = MoFaSGD([W], lr=0.01, rank=rank, complement=complement, lr_scale="match_rms_adamw", max_grad_norm=1e3)
     for i in range(1000):
         step(opt, W, kinds_of_gradient(shape, i))
         if i % 50 < 10:
@@ -311,3 +311,58 @@ def test_a_large_rank_deficient_start_stays_in_its_space():
         D = step(opt, W, left @ rng.standard_normal((20, 20)) @ right.T * 10.0 ** (30 * (i - 1))).double().numpy()
         assert np.abs(D - left @ (left.T @ D)).max() <= 1e-5
         assert np.abs(D - (D @ right) @ right.T).max() <= 1e-5
+
+
+def test_extreme_gradients_of_one_parameter_leave_the_others_alone():
+    # U'GV of W, and the second slice's M_1 of S, are beyond float32 although every sketch is within it.
+    rng = np.random.default_rng(0)
+    pattern = np.ones((60, 50))
+    pattern[0], pattern[1:, :3] = 0, -1
+    shapes = [(60, 50), (2, 9, 7), (7,), (5,)]
+    params, twins = ([weight(s) for s in shapes] for _ in range(2))
+    params[3], twins[3] = (weight((5,), torch.float64) for _ in range(2))
+    opts = [
+        MoFaSGD([{"params": p[:2]}, {"params": p[2:], "algorithm": "adamw"}], rank=3, complement=1.0, max_grad_norm=1.0)
+        for p in (params, twins)
+    ]
+    for i in range(3):
+        b = torch.from_numpy(rng.standard_normal(7)).float()
+        stack = rng.standard_normal((2, 9, 7))
+        stack[1] = 0 if i == 0 else 1e38 if i == 1 else stack[1]
+        for own in (params, twins):
+            own[2].grad = b
+        params[0].grad = torch.from_numpy(pattern * (1.0 if i == 0 else 3e37)).float()
+        params[1].grad = torch.from_numpy(stack).float()
+        params[3].grad = torch.full((5,), 1.0 if i == 0 else 1e39, dtype=torch.float64)
+        for opt in opts:
+            opt.step()
+        assert opts[0].grad_norm().isfinite()
+        assert all(p.isfinite().all() for p in params)
+    assert opts[0].nonfinite_steps == 2
+
+
+@pytest.mark.parametrize("size", [2e38, 1e-30])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_the_complement_of_the_first_window_holds_at_any_size(size, max_grad_norm):
+    W, twin = weight((9, 7)), weight((9, 7))
+    G = np.random.default_rng(0).standard_normal((9, 7)).clip(-1, 1)
+    moved = step(MoFaSGD([W], rank=3, complement=1.0, max_grad_norm=max_grad_norm), W, size * G)
+    expected = step(MoFaSGD([twin], rank=3, complement=1.0), twin, G)
+    if size > 1 and max_grad_norm is None:
+        assert not moved.any()  # M_1 is beyond float32: skipped
+    else:
+        assert (moved - expected).abs().max() <= 1e-6
+
+
+def test_the_complement_of_a_gradient_orthogonal_to_the_momentum_is_not_decided_by_rounding():
+    t = {"dtype": torch.float64}
+    Q, P = torch.linalg.qr(torch.randn(60, 60, **t))[0], torch.linalg.qr(torch.randn(50, 50, **t))[0]
+    first = Q[:, :8] @ torch.randn(8, 8, **t) @ P[:, :8].T
+    second = Q[:, 8:] @ torch.randn(52, 42, **t) @ P[:, 8:].T
+    moves = []
+    for dtype in (torch.float64, torch.float32):
+        W = nn.Parameter(torch.zeros(60, 50, dtype=dtype))
+        opt = MoFaSGD([W], rank=8, lr=1.0, lr_scale="none", complement=1.0, state_dtype=dtype)
+        step(opt, W, first)
+        moves.append(step(opt, W, second).double())
+    assert (moves[0] - moves[1]).norm() <= 1e-4 * moves[0].norm()

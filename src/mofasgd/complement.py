@@ -27,12 +27,15 @@ NOISE = 1e-3
 """A row with |R_i| <= NOISE |G_i| is what rounding leaves of a row inside both spaces, not a direction."""
 
 
-def _new_directions(basis: Tensor, image: Tensor) -> Tensor:
+_ROUNDING = 100
+"""Products with G round by this many machine epsilons of |G| at most."""
+
+
+def _new_directions(basis: Tensor, image: Tensor, noise: Tensor) -> Tensor:
     """Return an orthonormal basis of what `image` (..., m, r) adds to `basis` (..., m, r); zero columns where nothing.
 
-    A plain QR would complete missing directions by rounding noise, and the complement would lose them at random.
+    A plain QR would complete directions below `noise` (..., 1, 1) at random, and the complement would lose them.
     """
-    noise = 1000 * torch.finfo(image.dtype).eps * torch.linalg.matrix_norm(image)[..., None, None]
     # Projecting twice keeps the result orthogonal to the basis even where little is left.
     for _ in range(2):
         image = image - basis @ (basis.mT @ image)
@@ -43,16 +46,18 @@ def _new_directions(basis: Tensor, image: Tensor) -> Tensor:
 
 
 @in_true_float32
-def seen_spaces(U: Tensor, V: Tensor, GV: Tensor, GtU: Tensor) -> tuple[Tensor, Tensor]:
+def seen_spaces(U: Tensor, V: Tensor, GV: Tensor, GtU: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """Return bases Q (..., m, 2r) of [U GV] and P (..., n, 2r) of [V G'U]; columns are orthonormal or zero.
 
     Args:
         U, V: real columns of the factors (`momentum.real_factors`), shapes (..., m, r), (..., n, r).
         GV, GtU: the gradient's sketches by them.
+        size: |G|_F in float64, shape (...); the sketches round relative to it.
     """
     scale = power_of_two(GV, GtU)
-    Q = torch.cat([U, _new_directions(U, GV / scale)], dim=-1)
-    P = torch.cat([V, _new_directions(V, GtU / scale)], dim=-1)
+    noise = (_ROUNDING * torch.finfo(U.dtype).eps * size[..., None, None] / scale).to(U.dtype)
+    Q = torch.cat([U, _new_directions(U, GV / scale, noise)], dim=-1)
+    P = torch.cat([V, _new_directions(V, GtU / scale, noise)], dim=-1)
     return Q, P
 
 
@@ -77,7 +82,7 @@ def normalized_complement(Q: Tensor, P: Tensor, G: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(R, dim=-1, keepdim=True)
     noise = NOISE * torch.linalg.vector_norm(G / unit, dim=-1, keepdim=True)
     # The projections also round relative to the whole of G, which is all there is in the row of a dead unit.
-    floor = 100 * torch.finfo(G.dtype).eps * torch.linalg.matrix_norm(G)[..., None, None] / math.sqrt(m)
+    floor = _ROUNDING * torch.finfo(G.dtype).eps * torch.linalg.matrix_norm(G)[..., None, None] / math.sqrt(m)
     return torch.where((length > noise) & (length * unit > floor), R / (length * math.sqrt(m)), 0.0)
 
 

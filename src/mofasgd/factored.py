@@ -166,6 +166,12 @@ def _any_nonzero(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([(t != 0).any(dim=-1).any(dim=-1) for t in tensors]).any(dim=0)
 
 
+def _sizes(G: Tensor) -> Tensor:
+    """Return |G|_F of each matrix (B, m, n) in float64."""
+    sizes: Tensor = torch.linalg.vector_norm(G, dim=(-2, -1), dtype=torch.float64)
+    return sizes
+
+
 def _pick(mask: Tensor, yes: Factors, no: Factors) -> Factors:
     """Return the factors of `yes` where mask (B,), those of `no` elsewhere."""
     wide = mask[:, None, None]
@@ -202,12 +208,18 @@ class Update:
         self.finite = _all_finite((GV, GtU)).view(-1, self.b).all(dim=1)
         self.active = self._gated(self.finite.repeat_interleave(self.b) & _any_nonzero((GV, GtU)))
         self.GV, self.GtU = _clean(GV, self.active), _clean(GtU, self.active)
-        self.square_norms = tangent_square_norm(self.before.U, self.GV, self.GtU)
+        self._measure(tangent_square_norm(self.before.U, self.GV, self.GtU))
 
     def _parts(self) -> Iterator[tuple[slice, Member]]:
         """Yield every member with its part of the batch."""
         for i, member in enumerate(self.members):
             yield slice(i * self.b, (i + 1) * self.b), member
+
+    def _measure(self, squares: Tensor) -> None:
+        """Set `square_norms`; a parameter whose norm is beyond float64 is not finite."""
+        self.finite = self.finite & squares.isfinite().view(-1, self.b).all(dim=1)
+        self.active = self.active & self.finite.repeat_interleave(self.b)
+        self.square_norms = torch.where(self.active, squares, 0.0)
 
     def _gated(self, active: Tensor) -> Tensor:
         gate = self.context.gate
@@ -220,7 +232,8 @@ class Update:
 
     def spaces(self) -> tuple[Tensor, Tensor]:
         """Return what the complement leaves out (`complement.seen_spaces`)."""
-        return seen_spaces(self.before.U, self.before.V, self.GV, self.GtU)
+        sizes = torch.cat([_sizes(_clean(m.gradient(), self.active[part])) for part, m in self._parts()])
+        return seen_spaces(self.before.U, self.before.V, self.GV, self.GtU, sizes)
 
     def take(self, factor: Tensor | None) -> None:
         """Advance momentum and weights of all members; `factor` (0-dim) scales the gradient."""
@@ -258,22 +271,23 @@ class Start(Update):
             observed = init_sketch(G, Omega, Psi)
         self.finite = self.finite & _all_finite(observed).all()
         starts = self._gated(self.finite & _any_nonzero(observed))
-        self.active = self.active.index_copy(0, self.pending, starts) & self.finite
+        self.active = self.active.index_copy(0, self.pending, starts)
         # M_1 is found at a power of two of its size, which may be out of range until the gradient is clipped.
         clean = [_clean(t, starts) for t in observed]
         scale = power_of_two(*clean)
         clean = [t / scale for t in clean]
         self.first = truncated_svd(clean[0], rank) if Psi is None else init_factors(clean[0], clean[1], Psi, rank)
         self.s = self.first.s.double() * scale[..., 0]
-        self.square_norms = self.square_norms.index_copy(0, self.pending, self.s.square().sum(dim=-1)) * self.active
+        self._measure(self.square_norms.index_copy(0, self.pending, self.s.square().sum(dim=-1)))
 
     def advance(self, factor: Tensor | None) -> Factors:
         """Return M_1 of the matrices that start, the update of those that have started."""
         s = self.s if factor is None else self.s * factor
         first = self.first._replace(s=s.to(self.first.s.dtype))
+        after = first if len(self.pending) == self.b else self._with(super().advance(factor), first)
         # M_1 has no factors before it; the complement is then taken of its own.
         self.before = self._with(self.before, real_factors(*first))
-        return first if len(self.pending) == self.b else self._with(super().advance(factor), first)
+        return after
 
     def _with(self, factors: Factors, first: Factors) -> Factors:
         """Return `factors` with `first` in the pending places."""
@@ -282,7 +296,8 @@ class Start(Update):
     def spaces(self) -> tuple[Tensor, Tensor]:
         """Return what the complement leaves out; the matrices that start are sketched by M_1."""
         G = _clean(self.members[0].gradient(), self.active)
-        return seen_spaces(self.before.U, self.before.V, *sketch(G, self.before.U, self.before.V))
+        G = G / power_of_two(G)
+        return seen_spaces(self.before.U, self.before.V, *sketch(G, self.before.U, self.before.V), _sizes(G))
 
 
 def _finish(member: Member, before: Factors, after: Factors, active: Tensor, context: Context) -> None:

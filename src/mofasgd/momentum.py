@@ -116,12 +116,16 @@ def update_factors(U: Tensor, s: Tensor, V: Tensor, GV: Tensor, GtU: Tensor, bet
 def tangent_square_norm(U: Tensor, GV: Tensor, GtU: Tensor) -> Tensor:
     """Return |Ghat|_F^2 = |GV|^2 + |GtU|^2 - |U'GV|^2 in float64, shape (...)."""
 
+    scale = power_of_two(GV, GtU)
+    GV, GtU = GV / scale, GtU / scale
+
     def square(A: Tensor) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(A, dim=(-2, -1), dtype=torch.float64)
         return norm.square()
 
     # Ghat = U GtU' + (GV - U C) V', two orthogonal terms: written so, nothing cancels.
-    return square(GtU) + square(GV - U @ (U.mT @ GV))
+    total = square(GtU) + square(GV - U @ (U.mT @ GV))
+    return total * scale[..., 0, 0].double().square()
 
 
 def init_widths(rank: int) -> tuple[int, int]:

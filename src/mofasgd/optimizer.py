@@ -221,9 +221,11 @@ class MoFaSGD(Optimizer):
         gate = None if found_inf is None else found_inf.reshape(()) == 0
 
         updates, vectors = self._observe(gate)
-        grads = [(p, p.grad) for _, p, _ in vectors]
-        # A sum of squares in float64 is finite exactly if float32 or bfloat16 elements are.
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for _, g in grads]
+        grads = [p.grad for _, p, _ in vectors if p.grad is not None]
+        # As AdamW will read them: float64 gradients may not fit its moments. A sum of squares in float64 is finite
+        # exactly if its float32 or bfloat16 elements are.
+        grads = [g.to(self.state_dtype) if g.dtype is torch.float64 else g for g in grads]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads]
         finite = [norm.isfinite() for norm in norms]
         taken = finite if gate is None else [ok & gate.to(ok.device) for ok in finite]
         factor = self._measure(updates, norms, taken, grad_scale)
@@ -376,6 +378,7 @@ class MoFaSGD(Optimizer):
             # torch has cast floating state to the dtype of the weights: bfloat16 factors would be lost factors.
             self.state.update(restored)
 
+        nonfinite = int(state_dict.get("nonfinite_steps", 0)) if isinstance(state_dict, dict) else 0
         # Registered now, so that hooks of the user have run before ours and run after it, respectively.
         handles = [
             self.register_load_state_dict_pre_hook(check),
@@ -386,7 +389,7 @@ class MoFaSGD(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
-        self._nonfinite = self._reported = int(state_dict.get("nonfinite_steps", 0))
+        self._nonfinite = self._reported = nonfinite
         self._pending = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from mofasgd.options import ALGORITHMS, Group
 
 def factored_shape(param: Tensor, group: Group) -> tuple[MatrixShape, int]:
     """Return how a parameter of `group` is cut into matrices, and their rank: lowered to the smaller side."""
-    shape = matrix_shape(group["layout"], tuple(param.shape))
+    shape = matrix_shape(group.get("layout"), tuple(param.shape))
     return shape, min(group["rank"], shape.m, shape.n)
 
 
