@@ -171,3 +171,11 @@ def test_inherited_precision_settings_stay_inherited():
     finally:
         torch.backends.fp32_precision = "none"
         torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+def test_beta_may_be_a_tensor_of_any_float_dtype():
+    U, s, V = (torch.from_numpy(x).float() for x in random_factors(np.random.default_rng(6), 9, 8, 2))
+    GV, GtU = momentum.sketch(torch.randn(9, 8), U, V)
+    number = momentum.update_factors(U, s, V, GV, GtU, 0.75)
+    tensor = momentum.update_factors(U, s, V, GV, GtU, torch.tensor(0.75, dtype=torch.float64))
+    assert all(torch.equal(a, b) for a, b in zip(number, tensor, strict=True))

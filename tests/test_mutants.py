@@ -139,10 +139,10 @@ MUTANTS = [
         "test_optimizer.py::test_gradscaler_reaches_the_raw_gradient_of_the_authors_step_and_unscaled_gradients",
     ),
     (
-        "norms in float32",
+        "norms squared in float32",
         "momentum.py",
-        "dim=(-2, -1), dtype=torch.float64)",
-        "dim=(-2, -1)).double()",
+        "scale[..., 0, 0].double().square()",
+        "scale[..., 0, 0].square().double()",
         "test_robustness.py::test_clipping_and_norms_hold_over_the_whole_range_of_float32",
     ),
     (

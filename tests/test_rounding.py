@@ -185,3 +185,16 @@ def test_tiles_change_no_bit(monkeypatch, shape, tile):
     # Products of a different number of rows may round differently by one float32 ulp, seldom enough to cross
     # a rounding threshold; the random words themselves must agree everywhere.
     assert (results[0] != results[1]).float().mean() <= 0.002
+
+
+def test_adamw_numbers_its_elements_alike_in_every_memory_format():
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(1)
+        p = nn.Parameter(torch.randn(4, 5, 6, 7).bfloat16().to(memory_format=memory_format))
+        opt = MoFaSGD([{"params": [p], "algorithm": "adamw"}], weight_decay=0.1)
+        for _ in range(3):
+            p.grad = torch.randn(4, 5, 6, 7).bfloat16()
+            opt.step()
+        results.append(p.detach())
+    assert torch.equal(*results)
