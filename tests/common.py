@@ -1,0 +1,26 @@
+"""Weights, gradients and a loop for the optimizer's tests."""
+
+import numpy as np
+import torch
+from torch import nn
+
+F64 = {"state_dtype": torch.float64}
+
+
+def weight(*shape, dtype=torch.float64, seed=0):
+    return nn.Parameter(
+        torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    )
+
+
+def gradients(shape, steps, seed=1):
+    rng = np.random.default_rng(seed)
+    drift = rng.standard_normal(shape)
+    return [drift + rng.standard_normal(shape) for _ in range(steps)]
+
+
+def run(opt, params, grads):
+    for g in grads:
+        for p, value in zip(params, g if isinstance(g, tuple) else (g,), strict=True):
+            p.grad = torch.as_tensor(value).to(p.dtype)
+        opt.step()
