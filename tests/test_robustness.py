@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from reference import truncate
 from torch import nn
 
 from mofasgd import MoFaSGD
@@ -313,32 +314,29 @@ def test_a_large_rank_deficient_start_stays_in_its_space():
         assert np.abs(D - (D @ right) @ right.T).max() <= 1e-5
 
 
-def test_extreme_gradients_of_one_parameter_leave_the_others_alone():
-    # U'GV of W, and the second slice's M_1 of S, are beyond float32 although every sketch is within it.
+def test_norms_stay_finite_where_products_of_finite_sketches_do_not():
+    # U'GV of W, and the second slice's M_1 of S, are beyond float32 although every sketch is within it; so is the
+    # float64 gradient for AdamW's float32 moments.
     rng = np.random.default_rng(0)
     pattern = np.ones((60, 50))
     pattern[0], pattern[1:, :3] = 0, -1
-    shapes = [(60, 50), (2, 9, 7), (7,), (5,)]
-    params, twins = ([weight(s) for s in shapes] for _ in range(2))
-    params[3], twins[3] = (weight((5,), torch.float64) for _ in range(2))
-    opts = [
-        MoFaSGD([{"params": p[:2]}, {"params": p[2:], "algorithm": "adamw"}], rank=3, complement=1.0, max_grad_norm=1.0)
-        for p in (params, twins)
-    ]
+    W, S, b, d = params = [weight((60, 50)), weight((2, 9, 7)), weight((7,)), weight((5,), torch.float64)]
+    groups = [{"params": [W, S]}, {"params": [b, d], "algorithm": "adamw"}]
+    opt = MoFaSGD(groups, rank=3, complement=1.0, max_grad_norm=1.0)
     for i in range(3):
-        b = torch.from_numpy(rng.standard_normal(7)).float()
         stack = rng.standard_normal((2, 9, 7))
-        stack[1] = 0 if i == 0 else 1e38 if i == 1 else stack[1]
-        for own in (params, twins):
-            own[2].grad = b
-        params[0].grad = torch.from_numpy(pattern * (1.0 if i == 0 else 3e37)).float()
-        params[1].grad = torch.from_numpy(stack).float()
-        params[3].grad = torch.full((5,), 1.0 if i == 0 else 1e39, dtype=torch.float64)
-        for opt in opts:
-            opt.step()
-        assert opts[0].grad_norm().isfinite()
+        stack[1] *= (0.0, 1e38, 1.0)[i]
+        W.grad = torch.from_numpy(pattern * (1.0 if i == 0 else 3e37)).float()
+        S.grad = torch.from_numpy(stack).float()
+        b.grad = torch.from_numpy(rng.standard_normal(7)).float()
+        d.grad = torch.full((5,), 1.0 if i == 0 else 1e39, dtype=torch.float64)
+        opt.step()
+        if i > 0:
+            # W's gradient is of rank 1 and its own tangent part; S's second slice starts in step 1.
+            start = np.linalg.norm(truncate(stack[1], 3)) if i == 1 else 0.0
+            assert opt.grad_norm().item() == pytest.approx(np.hypot(3e37 * (59 * 50) ** 0.5, start), rel=1e-5)
         assert all(p.isfinite().all() for p in params)
-    assert opts[0].nonfinite_steps == 2
+    assert opt.nonfinite_steps == 2
 
 
 @pytest.mark.parametrize("size", [2e38, 1e-30])

@@ -156,6 +156,10 @@ def damaged(saved, kind):
         groups.pop()
     elif kind == "empty":
         return {}
+    elif kind == "beta":
+        groups[0]["beta"] = 7.0
+    elif kind == "no rank":
+        del groups[0]["rank"]
     elif kind == "cast":
         state[0] = {k: v.bfloat16() if k in "UsV" else v for k, v in state[0].items()}
     elif kind == "fresh sgd":
@@ -175,6 +179,8 @@ def damaged(saved, kind):
         ("groups", "groups of"),
         ("empty", "no optimizer state_dict"),
         ("object", "'s' of parameter 0"),
+        ("beta", "beta=7.0 should be"),
+        ("no rank", "lacks its key 'rank'"),
         ("cast", "is torch.bfloat16: something cast it"),
         ("fresh sgd", "saved by another optimizer"),
     ],

@@ -54,6 +54,7 @@ def adamw_step(
         first.lerp_(g, weight * (1 - beta1))
         second.mul_(1 - weight * (1 - beta2)).addcmul_(g, g * (1 - beta2))
         update = first / (second.sqrt() / correction).add_(eps) * step_size
+        # `to` copies a lower-precision weight only; the others change in place here.
         value = p.to(compute).mul_(keep).sub_(torch.where(active, update, 0.0))
         if p.dtype is not compute:
             rounding.write(p, value, start)

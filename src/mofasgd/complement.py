@@ -26,7 +26,6 @@ from mofasgd.precision import in_true_float32
 NOISE = 1e-3
 """A row with |R_i| <= NOISE |G_i| is what rounding leaves of a row inside both spaces, not a direction."""
 
-
 _ROUNDING = 100
 """Products with G round by this many machine epsilons of |G| at most."""
 

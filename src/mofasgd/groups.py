@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from mofasgd.layout import matrix_shape
+from mofasgd.layout import default_layout, matrix_shape
 from mofasgd.options import FACTORED_KEYS, Group, check_number, check_whole, did_you_mean
 
 # Keys that param_groups decides for each parameter, so that no single value can be asked for.
@@ -128,7 +128,7 @@ def param_groups(
     buckets: dict[tuple[Any, ...], Group] = {}
     notes: dict[Tensor, tuple[str, str]] = {}
     for param, role in roles.items():
-        layout = "flatten" if role.convolution else {2: "matrix", 3: "stack"}.get(param.ndim, "flatten")
+        layout = "flatten" if role.convolution else default_layout(param.ndim)
         why = _why_adamw(param, role, layout, rank)
         if param in forced["factor"]:
             try:

@@ -23,6 +23,11 @@ class MatrixShape(NamedTuple):
         return math.prod(self.lead)
 
 
+def default_layout(dimensions: int) -> str:
+    """Return the layout of a parameter of two or more dimensions that none was asked for."""
+    return {2: "matrix", 3: "stack"}.get(dimensions, "flatten")
+
+
 def resolve_layout(layout: str | None, shape: tuple[int, ...]) -> str:
     """Return the layout of a parameter: as asked, else matrix (2-D), stack (3-D) or flatten (4-D and more).
 
@@ -39,7 +44,7 @@ def resolve_layout(layout: str | None, shape: tuple[int, ...]) -> str:
             f"a parameter of shape {tuple(shape)} is empty (a shard of FSDP1 or ZeRO?): use FSDP2 or replicas"
         )
     if layout is None:
-        return {2: "matrix", 3: "stack"}.get(len(shape), "flatten")
+        return default_layout(len(shape))
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
     if layout == "matrix" and len(shape) != 2:

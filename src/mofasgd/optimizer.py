@@ -364,7 +364,7 @@ class MoFaSGD(Optimizer):
         return {**super().state_dict(), "nonfinite_steps": self.nonfinite_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state_dict; the state keeps its own dtypes and is copied.
+        """Load a copy of a state_dict; floating state stays in `state_dtype`, whatever the dtype of the weights.
 
         Raises:
             ValueError: if it does not fit this optimizer; then nothing has changed.

@@ -125,6 +125,14 @@ def _check_adamw(group: Group) -> None:
     check_number("betas[1]", betas[1], 0.0, 1.0)
 
 
+def check_group(group: Group) -> None:
+    """Raise ValueError for a value of a completed group that is missing or out of range."""
+    try:
+        (_check_factored if group["algorithm"] == "mofasgd" else _check_adamw)(group)
+    except KeyError as error:
+        raise ValueError(f"a group with algorithm={group['algorithm']!r} lacks its key {error}") from None
+
+
 def complete(group: Group, factored: Group, adamw: Group) -> Group:
     """Return `group` with the defaults of its algorithm filled in, checked.
 
@@ -151,7 +159,7 @@ def complete(group: Group, factored: Group, adamw: Group) -> Group:
         if not polar:
             defaults = RECIPROCAL_DEFAULTS | defaults
     completed = defaults | group | {"algorithm": algorithm}
-    (_check_factored if algorithm == "mofasgd" else _check_adamw)(completed)
+    check_group(completed)
     return completed
 
 

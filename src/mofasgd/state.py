@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from mofasgd.layout import MatrixShape, matrix_shape
-from mofasgd.options import ALGORITHMS, Group
+from mofasgd.options import ALGORITHMS, Group, check_group
 
 
 def factored_shape(param: Tensor, group: Group) -> tuple[MatrixShape, int]:
     """Return how a parameter of `group` is cut into matrices, and their rank: lowered to the smaller side."""
-    shape = matrix_shape(group.get("layout"), tuple(param.shape))
+    shape = matrix_shape(group["layout"], tuple(param.shape))
     return shape, min(group["rank"], shape.m, shape.n)
 
 
@@ -107,6 +107,7 @@ def restore(loaded: Any, groups: list[Group], dtype: torch.dtype) -> dict[Tensor
     for saved_group, group in zip(saved_groups, groups, strict=True):
         if saved_group.get("algorithm") not in ALGORITHMS:
             raise ValueError("the saved groups have no 'algorithm': this state_dict was saved by another optimizer")
+        check_group(saved_group)
         for saved_id, param in zip(saved_group["params"], group["params"], strict=True):
             entry = loaded["state"].get(saved_id)
             if entry:
