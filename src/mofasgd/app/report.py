@@ -1,0 +1,100 @@
+"""Table, picture and one-line reading of a comparison."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from mofasgd.app.record import read_metrics
+
+Row = dict[str, Any]
+
+
+def _loss(row: Row) -> str:
+    if math.isnan(row["validation_loss"]):
+        return "diverged"
+    spread = "" if row["std"] is None else f" ± {row['std']:.4f}"
+    return f"{row['validation_loss']:.4f}{spread}"
+
+
+def table(rows: Sequence[Row], *, alone: bool) -> Table:
+    """Return the rows as a table, the lowest loss first.
+
+    Args:
+        rows: as `mofasgd.app.compare` makes them.
+        alone: whether each run had the machine for itself; else times are left out.
+    """
+    out = Table("optimizer", "lr", "validation loss", "optimizer state", *(["ms per step"] if alone else []))
+    for column in out.columns[1:]:
+        column.justify = "right"
+    for row in sorted(rows, key=lambda r: (math.isnan(r["validation_loss"]), r["validation_loss"])):
+        cells = [row["label"], f"{row['lr']:g}{'*' if row['edge'] else ''}", _loss(row)]
+        cells.append(f"{row['optimizer_state_mb']:.2f} MB")
+        out.add_row(*cells, *([f"{row['ms_per_step']:.0f}"] if alone else []))
+    if any(row["edge"] for row in rows):
+        out.caption = "* at the end of the learning rates that were tried"
+    return out
+
+
+def reading(rows: Sequence[Row]) -> str:
+    """Return one line: every MoFaSGD row against AdamW, or the best row if there is no AdamW."""
+    finished = [row for row in rows if not math.isnan(row["validation_loss"])]
+    ours = [row for row in finished if row["method"] == "mofasgd"]
+    adamw = min((r for r in finished if r["method"] == "adamw"), key=lambda r: r["validation_loss"], default=None)
+    best = min(finished, key=lambda r: r["validation_loss"], default=None)
+    if best is None:
+        return "Every run diverged."
+    parts = [f"{best['label']} ends lowest at {best['validation_loss']:.3f}"]
+    if adamw is not None:
+        parts.append(f"AdamW at {adamw['validation_loss']:.3f} with {adamw['optimizer_state_mb']:.2f} MB of state")
+        for row in ours:
+            difference = row["validation_loss"] - adamw["validation_loss"]
+            share = row["optimizer_state_mb"] / adamw["optimizer_state_mb"]
+            side = "below" if difference < 0 else "above"
+            parts.append(f"{row['label']} {abs(difference):.3f} {side} AdamW with {share:.0%} of its state")
+    return "; ".join(parts) + "."
+
+
+def _label(row: Row) -> str:
+    return f"{row['label']} (lr {row['lr']:g})"
+
+
+def draw(rows: Sequence[Row], folder: Path, path: Path) -> None:
+    """Draw loss curves and memory bars of the rows into `path` (PNG); run folders lie in `folder`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), width_ratios=(3, 2), layout="constrained")
+    order = sorted(rows, key=lambda r: (math.isnan(r["validation_loss"]), r["validation_loss"]))
+    colors = {row["label"]: f"C{i}" for i, row in enumerate(rows)}
+    ends: list[float] = []
+    for row in order:
+        lines = [line for line in read_metrics(folder / row["folder"] / "metrics.jsonl") if "validation_loss" in line]
+        losses = [line["validation_loss"] for line in lines]
+        ends += losses[len(losses) // 4 :]
+        left.plot([line["tokens"] / 1e6 for line in lines], losses, ".-", color=colors[row["label"]], label=_label(row))
+    low, high = min(ends), max(ends)
+    # The first evaluations would press everything that matters into a corner.
+    left.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))
+    left.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)", title="Loss")
+    left.grid(alpha=0.3)
+    left.legend()
+
+    weights = max(row["parameters"] for row in rows) * 4 / 1e6
+    names = [row["label"] for row in rows][::-1]
+    state = [row["optimizer_state_mb"] for row in rows][::-1]
+    right.barh(names, [weights] * len(rows), color="0.7", label="weights")
+    right.barh(names, [weights] * len(rows), left=weights, color="0.85", label="gradients")
+    bars = right.barh(names, state, left=2 * weights, color=[colors[name] for name in names])
+    right.bar_label(bars, [f" {value:.2f} MB of state" for value in state])
+    right.set(xlabel="MB (float32 weights, gradients, optimizer state)", title="Memory")
+    right.margins(x=0.35)
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
