@@ -29,6 +29,7 @@ def table(rows: Sequence[Row], *, alone: bool) -> Table:
         alone: whether each run had the machine for itself; else times are left out.
     """
     out = Table("optimizer", "lr", "validation loss", "optimizer state", *(["ms per step"] if alone else []))
+    out.columns[0].no_wrap = True
     for column in out.columns[1:]:
         column.justify = "right"
     for row in sorted(rows, key=lambda r: (math.isnan(r["validation_loss"]), r["validation_loss"])):
@@ -82,7 +83,11 @@ def draw(rows: Sequence[Row], folder: Path, path: Path) -> None:
     low, high = min(ends), max(ends)
     # The first evaluations would press everything that matters into a corner.
     left.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))
-    left.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)", title="Loss")
+    left.set(
+        xlabel="training tokens (millions)",
+        ylabel="validation loss (nats per token)",
+        title="The same GPT on the same tokens",
+    )
     left.grid(alpha=0.3)
     left.legend()
 
@@ -93,8 +98,8 @@ def draw(rows: Sequence[Row], folder: Path, path: Path) -> None:
     right.barh(names, [weights] * len(rows), left=weights, color="0.85", label="gradients")
     bars = right.barh(names, state, left=2 * weights, color=[colors[name] for name in names])
     right.bar_label(bars, [f" {value:.2f} MB of state" for value in state])
-    right.set(xlabel="MB (float32 weights, gradients, optimizer state)", title="Memory")
-    right.margins(x=0.35)
+    right.set(xlabel="MB (float32 weights, gradients, optimizer state)", title="Memory beside activations")
+    right.set_xlim(0, 1.4 * (2 * weights + max(state)))
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -69,7 +69,13 @@ class Trainer:
         if self.precision == "bf16-true":
             for param in self.model.parameters():  # rotations stay float32
                 param.data = param.data.bfloat16()
-        self.forward: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
+        self.forward: nn.Module = self.model
+        if config.compile:
+            # Many runs in one process would reach the limit of recompilations and go on without it.
+            torch.compiler.reset()
+            self.forward = torch.compile(self.model)  # type: ignore[assignment]
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.optimizers, self.settings = build(self.model, config.optimizer, config.seed)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
