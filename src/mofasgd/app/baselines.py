@@ -91,6 +91,9 @@ def _row_norm(model: GPT, settings: Settings, seed: int) -> list[Optimizer]:
 def _mofasgd(model: GPT, settings: Settings, seed: int) -> list[Optimizer]:
     keys = ("rank", "lr", "adamw_lr", "weight_decay", "beta", "complement", "lr_scale")
     groups = param_groups(model, head=model.head, **{key: settings[key] for key in keys})
+    if all(group["algorithm"] != "mofasgd" for group in groups):
+        width = model.embedding.weight.shape[1]
+        raise ValueError(f"optimizer.rank={settings['rank']} leaves no matrix of width {width} to factor: lower it")
     clip = settings["max_grad_norm"] or None
     adam = {"adamw_betas": settings["betas"], "adamw_eps": settings["eps"]}
     return [MoFaSGD(groups, max_grad_norm=clip, seed=seed, **adam)]

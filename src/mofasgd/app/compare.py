@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import re
 import statistics
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ from mofasgd.app.config import CompareConfig, PretrainConfig
 from mofasgd.app.display import Display
 from mofasgd.app.errors import Diverged, Stopped
 from mofasgd.app.record import environment, write_json
-from mofasgd.app.report import draw, reading, table
+from mofasgd.app.report import by_loss, draw, reading, table
 from mofasgd.app.run import plain, train
 from mofasgd.app.trainer import choose_device
 
@@ -74,7 +73,7 @@ def _rates(config: CompareConfig, label: str) -> list[float]:
 
 def _execute(job: Job, quiet: bool) -> dict[str, Any]:
     """Run a job; a diverged one has no loss."""
-    result: dict[str, Any] = {"validation_loss": math.nan}
+    result: dict[str, Any] = {"validation_loss": None, "optimizer_state_mb": None, "ms_per_step": None}
     try:
         result = train(job.config, Display(quiet=quiet, label=f"{job.label}, lr {job.lr:g}"))
     except Diverged as error:
@@ -129,9 +128,9 @@ class Results:
         return [run for run in self.content["runs"] if run["label"] == label]
 
     def best_lr(self, label: str, seed: int) -> float:
-        """Return the learning rate with the lowest loss on `seed`."""
+        """Return the learning rate with the lowest loss on `seed`; any if all diverged."""
         runs = [run for run in self.runs(label) if run["seed"] == seed]
-        return float(min(runs, key=lambda run: (math.isnan(run["validation_loss"]), run["validation_loss"]))["lr"])
+        return float(min(runs, key=by_loss)["lr"])
 
 
 def _sweep(jobs: list[Job], results: Results, workers: int) -> None:
@@ -144,7 +143,8 @@ def _sweep(jobs: list[Job], results: Results, workers: int) -> None:
         for future in as_completed([pool.submit(_execute, job, True) for job in jobs]):
             run = future.result()
             results.add(run)
-            display.note(f"{run['label']}, lr {run['lr']:g}: validation loss {run['validation_loss']:.4f}")
+            loss = "diverged" if run["validation_loss"] is None else f"validation loss {run['validation_loss']:.4f}"
+            display.note(f"{run['label']}, lr {run['lr']:g}: {loss}")
 
 
 def _rows(config: CompareConfig, results: Results) -> Iterator[dict[str, Any]]:
@@ -155,14 +155,14 @@ def _rows(config: CompareConfig, results: Results) -> Iterator[dict[str, Any]]:
         losses = [run["validation_loss"] for run in runs]
         tried = sorted(set(_rates(config, label)))
         yield {
-            **{key: runs[0].get(key, math.nan) for key in ("optimizer_state_mb", "ms_per_step", "parameters")},
+            **{key: runs[0][key] for key in ("optimizer_state_mb", "ms_per_step", "parameters")},
             "label": label,
             "method": config.methods[label].name,
             "lr": lr,
             # A best value at the end of the grid may not be the best there is.
             "edge": len(tried) > 1 and lr in (tried[0], tried[-1]),
-            "validation_loss": statistics.fmean(losses),
-            "std": statistics.stdev(losses) if len(losses) > 1 else None,
+            "validation_loss": None if None in losses else statistics.fmean(losses),
+            "std": statistics.stdev(losses) if len(losses) > 1 and None not in losses else None,
             "seeds": len(losses),
             "folder": runs[0]["folder"],
         }

@@ -70,7 +70,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def write_json(path: Path, content: Any) -> None:
     """Write `content` so that the file is whole or the old one."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    part.write_text(json.dumps(content, indent=1, default=str, allow_nan=False) + "\n")
     part.replace(path)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,14 @@ from mofasgd.app.record import read_metrics
 Row = dict[str, Any]
 
 
+def by_loss(row: Row) -> tuple[bool, float]:
+    """Sort key: the lowest loss first, diverged rows last."""
+    loss = row["validation_loss"]
+    return loss is None, 0.0 if loss is None else loss
+
+
 def _loss(row: Row) -> str:
-    if math.isnan(row["validation_loss"]):
+    if row["validation_loss"] is None:
         return "diverged"
     spread = "" if row["std"] is None else f" ± {row['std']:.4f}"
     return f"{row['validation_loss']:.4f}{spread}"
@@ -32,10 +37,11 @@ def table(rows: Sequence[Row], *, alone: bool) -> Table:
     out.columns[0].no_wrap = True
     for column in out.columns[1:]:
         column.justify = "right"
-    for row in sorted(rows, key=lambda r: (math.isnan(r["validation_loss"]), r["validation_loss"])):
+    for row in sorted(rows, key=by_loss):
         cells = [row["label"], f"{row['lr']:g}{'*' if row['edge'] else ''}", _loss(row)]
-        cells.append(f"{row['optimizer_state_mb']:.2f} MB")
-        out.add_row(*cells, *([f"{row['ms_per_step']:.0f}"] if alone else []))
+        numbers = [("optimizer_state_mb", ".2f", " MB"), *([("ms_per_step", ".0f", "")] if alone else [])]
+        cells += ["-" if row[key] is None else f"{row[key]:{form}}{unit}" for key, form, unit in numbers]
+        out.add_row(*cells)
     if any(row["edge"] for row in rows):
         out.caption = "* at the end of the learning rates that were tried"
     return out
@@ -43,16 +49,14 @@ def table(rows: Sequence[Row], *, alone: bool) -> Table:
 
 def reading(rows: Sequence[Row]) -> str:
     """Return one line: every MoFaSGD row against AdamW, or the best row if there is no AdamW."""
-    finished = [row for row in rows if not math.isnan(row["validation_loss"])]
-    ours = [row for row in finished if row["method"] == "mofasgd"]
-    adamw = min((r for r in finished if r["method"] == "adamw"), key=lambda r: r["validation_loss"], default=None)
-    best = min(finished, key=lambda r: r["validation_loss"], default=None)
-    if best is None:
+    finished = sorted((row for row in rows if row["validation_loss"] is not None), key=by_loss)
+    adamw = next((row for row in finished if row["method"] == "adamw"), None)
+    if not finished:
         return "Every run diverged."
-    parts = [f"{best['label']} ends lowest at {best['validation_loss']:.3f}"]
+    parts = [f"{finished[0]['label']} ends lowest at {finished[0]['validation_loss']:.3f}"]
     if adamw is not None:
         parts.append(f"AdamW at {adamw['validation_loss']:.3f} with {adamw['optimizer_state_mb']:.2f} MB of state")
-        for row in ours:
+        for row in (row for row in finished if row["method"] == "mofasgd"):
             difference = row["validation_loss"] - adamw["validation_loss"]
             share = row["optimizer_state_mb"] / adamw["optimizer_state_mb"]
             side = "below" if difference < 0 else "above"
@@ -65,17 +69,22 @@ def _label(row: Row) -> str:
 
 
 def draw(rows: Sequence[Row], folder: Path, path: Path) -> None:
-    """Draw loss curves and memory bars of the rows into `path` (PNG); run folders lie in `folder`."""
+    """Draw loss curves and memory bars of the rows that did not diverge into `path` (PNG).
+
+    Run folders lie in `folder`. Nothing is drawn if all diverged.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    rows = [row for row in rows if row["validation_loss"] is not None]
+    if not rows:
+        return
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), width_ratios=(3, 2), layout="constrained")
-    order = sorted(rows, key=lambda r: (math.isnan(r["validation_loss"]), r["validation_loss"]))
     colors = {row["label"]: f"C{i}" for i, row in enumerate(rows)}
     ends: list[float] = []
-    for row in order:
+    for row in sorted(rows, key=by_loss):
         lines = [line for line in read_metrics(folder / row["folder"] / "metrics.jsonl") if "validation_loss" in line]
         losses = [line["validation_loss"] for line in lines]
         ends += losses[len(losses) // 4 :]
