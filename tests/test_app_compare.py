@@ -8,6 +8,7 @@ from app_common import metrics, run_quietly, tiny
 
 from mofasgd.app.compare import compare
 from mofasgd.app.config import CompareConfig, OptimizerConfig
+from mofasgd.app.errors import Stopped
 from mofasgd.app.record import TensorBoard, WandB
 from mofasgd.app.report import reading
 
@@ -112,3 +113,18 @@ def test_loggers_receive_the_metrics(tmp_path, monkeypatch):
     assert calls[-1] == "finish"
     assert scalars[0] == 1
     assert len(scalars) == 2 + sum(len(line) - 1 for line in written)
+
+
+def test_a_failed_run_does_not_cost_the_others(tmp_path):
+    # The folder of one run is in the way as a file.
+    config = comparison(tmp_path, seeds=[0], jobs=2)
+    (tmp_path / "out").mkdir()
+    obstacle = tmp_path / "out" / "AdamW-lr0.01-seed0"
+    obstacle.write_text("")
+    with pytest.raises(Stopped, match=r"1 of 5 runs failed, the first: AdamW, lr 0\.01, seed 0: .*Error"):
+        compare(config)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert sorted(run["label"] for run in results["runs"]) == ["ours r4"] * 3 + ["wild"]
+    obstacle.unlink()
+    compare(config)
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["runs"]) == 5

@@ -102,7 +102,7 @@ def test_mistakes_with_tokenizers(tmp_path, tokenizer_json):
         load(DataConfig(tokenizer=bad))
     latin = tmp_path / "latin.txt"
     latin.write_bytes("caf\u00e9 ".encode("latin-1") * 100)
-    with pytest.raises(ValueError, match="not UTF-8 .byte 3"):
+    with pytest.raises(ValueError, match=r"not UTF-8 \(byte 3"):
         load(DataConfig(train=str(latin), tokenizer=tokenizer_json, cache=tmp_path))
     (tmp_path / "a.bin").write_bytes(shard_bytes([1] * 300))
     with pytest.raises(ValueError, match=r"does not apply to \.bin"):

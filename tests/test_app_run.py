@@ -196,6 +196,31 @@ def test_a_run_records_where_and_with_what_it_ran(tmp_path):
     )
 
 
+# The process kills itself: in step number `after`, or with a `share` of checkpoint number `after` on the disk.
+KILL_IN_STEP = """
+import os, mofasgd.app.trainer as module
+step, left = module.Trainer.train_step, [2 * after]
+def train_step(self):
+    left[0] -= 1
+    return step(self) if left[0] else os.kill(os.getpid(), 9)
+module.Trainer.train_step = train_step
+"""
+KILL_IN_SAVE = """
+import io, os, torch
+save, left = torch.save, [after]
+def save_some(content, out):
+    left[0] -= 1
+    if left[0]:
+        return save(content, out)
+    whole = io.BytesIO()
+    save(content, whole)
+    out.write(whole.getvalue()[: int(len(whole.getvalue()) * share)])
+    out.flush()
+    os.kill(os.getpid(), 9)
+torch.save = save_some
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_a_killed_run_ends_with_the_same_weights(tmp_path, seed):
@@ -206,25 +231,8 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, seed):
     kills = 0
     for attempt in range(10):
         config = tiny(tmp_path, resume=attempt > 0, **options)
-        # The process kills itself: in a random step, or after a random number of bytes of a checkpoint.
-        prelude = {
-            0: (
-                "import os, mofasgd.app.trainer as t; step = t.Trainer.train_step; left = [%d]\n"
-                "def train_step(self):\n"
-                "    left[0] -= 1\n"
-                "    return step(self) if left[0] else os.kill(os.getpid(), 9)\n"
-                "t.Trainer.train_step = train_step" % chance.randint(1, 15)
-            ),
-            1: (
-                "import os, torch; save = torch.save; left = [%d]\n"
-                "def half(content, out):\n"
-                "    left[0] -= 1\n"
-                "    if left[0]: return save(content, out)\n"
-                "    import io; whole = io.BytesIO(); save(content, whole)\n"
-                "    out.write(whole.getvalue()[:int(len(whole.getvalue()) * %f)]); out.flush(); os.kill(os.getpid(), 9)\n"
-                "torch.save = half" % (chance.randint(1, 8), chance.random())
-            ),
-        }[attempt % 2]
+        prelude = [KILL_IN_STEP, KILL_IN_SAVE][attempt % 2]
+        prelude = f"after, share = {chance.randint(1, 8)}, {chance.random()}\n{prelude}"
         process = start(config, tmp_path, prelude if kills < 5 else "")
         _, error = process.communicate(timeout=120)
         if process.returncode == 0:

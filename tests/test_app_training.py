@@ -211,14 +211,14 @@ def test_run_mistakes(tmp_path, options, message):
 def test_a_vocabulary_that_does_not_fit(tmp_path):
     config = tiny(tmp_path)
     config.model.vocab_size = 100
-    with pytest.raises(ValueError, match="model.vocab_size=100 is smaller than the tokenizer's vocabulary 256"):
+    with pytest.raises(ValueError, match=r"model\.vocab_size=100 is smaller than the tokenizer's vocabulary 256"):
         Trainer(config)
     shard = tmp_path / "a.bin"
     header = np.zeros(256, dtype="<i4")
     header[:3] = 20240520, 1, 500
     shard.write_bytes(header.tobytes() + np.full(500, 300, dtype="<u2").tobytes())
     config = tiny(tmp_path, data={"train": str(shard)})
-    with pytest.raises(ValueError, match="model.vocab_size is not given"):
+    with pytest.raises(ValueError, match=r"model\.vocab_size is not given"):
         Trainer(config)
     config.model.vocab_size = 256
     with pytest.raises(ValueError, match=r"token 300.*vocabulary has 256"):

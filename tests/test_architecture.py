@@ -24,6 +24,7 @@ LAYERS = [
     {"optimizer"},
     {"paper"},
     {"app"},
+    {"cli"},
 ]
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from app_mutants import APP_MUTANTS
 
 ROOT = Path(__file__).parents[1]
 
@@ -216,6 +217,8 @@ MUTANTS = [
         "test_paper.py::test_twenty_steps_equal_the_published_formula",
     ),
 ]
+
+MUTANTS += APP_MUTANTS
 
 
 def run(source, test):

@@ -8,9 +8,10 @@ import json
 import re
 import statistics
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import Any
 
 from mofasgd.app.baselines import resolve
@@ -133,18 +134,53 @@ class Results:
         return float(min(runs, key=by_loss)["lr"])
 
 
+def _child(job: Job, pipe: Connection) -> None:
+    try:
+        pipe.send(_execute(job, quiet=True))
+    except Exception as error:  # for the parent to tell
+        pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def _execute_apart(job: Job) -> dict[str, Any] | str:
+    """Run a job in a process of its own, which takes a broken GPU context with it; return an error as text."""
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(job, sender))
+    process.start()
+    sender.close()
+    try:
+        answer: dict[str, Any] | str = receiver.recv()
+    except EOFError:
+        answer = "killed"
+    process.join()
+    return answer if process.exitcode == 0 else f"{answer} (exit status {process.exitcode})"
+
+
 def _sweep(jobs: list[Job], results: Results, workers: int) -> None:
+    """Run `jobs` and keep their results; raise Stopped if any failed, after the others have finished."""
     if workers == 1:
         for job in jobs:
             results.add(_execute(job, quiet=False))
         return
-    display = Display()
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(_execute, job, True) for job in jobs]):
-            run = future.result()
-            results.add(run)
-            loss = "diverged" if run["validation_loss"] is None else f"validation loss {run['validation_loss']:.4f}"
-            display.note(f"{run['label']}, lr {run['lr']:g}: {loss}")
+    display, failures = Display(), []
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(_execute_apart, job): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                job, run = futures[future], future.result()
+                name = f"{job.label}, lr {job.lr:g}, seed {job.seed}"
+                if isinstance(run, str):
+                    failures.append(f"{name}: {run}")
+                    display.note(failures[-1])
+                    continue
+                results.add(run)
+                loss = run["validation_loss"]
+                display.note(f"{name}: {'diverged' if loss is None else f'validation loss {loss:.4f}'}")
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+    if failures:
+        raise Stopped(f"{len(failures)} of {len(jobs)} runs failed, the first: {failures[0]}")
 
 
 def _rows(config: CompareConfig, results: Results) -> Iterator[dict[str, Any]]:
@@ -174,13 +210,17 @@ def compare(config: CompareConfig) -> None:
     results = Results(config)
     first, *others = config.seeds
     grid = [_job(config, label, lr, first) for label in config.methods for lr in _rates(config, label)]
+    if results.content["runs"]:
+        Display().note(f"{results.path} has {len(results.content['runs'])} finished runs: delete it to repeat them")
     try:
         _sweep(results.missing(grid), results, config.jobs)
         best = {label: results.best_lr(label, first) for label in config.methods}
         repeats = [_job(config, label, best[label], seed) for label in config.methods for seed in others]
         _sweep(results.missing(repeats), results, config.jobs)
     except (Stopped, KeyboardInterrupt) as error:
-        raise Stopped(f"{error or 'interrupted'}. Or call mofasgd compare again: finished runs are kept") from error
+        raise Stopped(
+            f"{error or 'interrupted'}. Calling mofasgd compare again repeats unfinished runs only"
+        ) from error
     rows = list(_rows(config, results))
     results.content["rows"] = rows
     results.content["reading"] = reading(rows)

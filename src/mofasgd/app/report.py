@@ -85,13 +85,17 @@ def draw(rows: Sequence[Row], folder: Path, path: Path) -> None:
     colors = {row["label"]: f"C{i}" for i, row in enumerate(rows)}
     ends: list[float] = []
     for row in sorted(rows, key=by_loss):
-        lines = [line for line in read_metrics(folder / row["folder"] / "metrics.jsonl") if "validation_loss" in line]
+        path = folder / row["folder"] / "metrics.jsonl"
+        if not path.exists():
+            continue  # the result is kept in results.json even if somebody made room
+        lines = [line for line in read_metrics(path) if "validation_loss" in line]
         losses = [line["validation_loss"] for line in lines]
         ends += losses[len(losses) // 4 :]
         left.plot([line["tokens"] / 1e6 for line in lines], losses, ".-", color=colors[row["label"]], label=_label(row))
-    low, high = min(ends), max(ends)
-    # The first evaluations would press everything that matters into a corner.
-    left.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))
+    if ends:
+        low, high = min(ends), max(ends)
+        # The first evaluations would press everything that matters into a corner.
+        left.set_ylim(low - 0.05 * (high - low) - 0.01, high + 0.15 * (high - low) + 0.01)
     left.set(
         xlabel="training tokens (millions)",
         ylabel="validation loss (nats per token)",
