@@ -46,10 +46,10 @@ APP_MUTANTS = [
         "test_app_training.py::test_every_group_keeps_its_own_rate_and_momentum_warms_up",
     ),
     (
-        "the data starts anew",
-        "app/trainer.py",
-        "self.windows.batch(self.step * config.batch_size, config.batch_size)",
-        'self.windows.batch(self.__dict__.setdefault("taken", 0), config.batch_size)',
+        "an order that cannot be repeated",
+        "app/data.py",
+        "np.random.default_rng([self.seed, epoch])",
+        "np.random.default_rng()",
         _BIT_EXACT,
     ),
     (
@@ -113,7 +113,7 @@ APP_MUTANTS = [
         "app/baselines.py",
         'own = RowNormSGD(matrices, lr=settings["lr"], weight_decay=settings["weight_decay"])',
         'own = RowNormSGD(matrices, lr=settings["lr"])',
-        "test_app_training.py::test_every_setting_of_every_method_takes_effect",
+        "test_app_training.py::test_decay_and_betas_reach_every_group",
     ),
     (
         "the worst learning rate wins",

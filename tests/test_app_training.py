@@ -155,6 +155,17 @@ def test_every_setting_of_every_method_takes_effect(tmp_path, name, key):
     assert not torch.equal(weights_after(tiny(tmp_path, optimizer=fixed), steps=5), changed)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_decay_and_betas_reach_every_group(tmp_path, name):
+    given = {key: OTHER[key] for key in ("weight_decay", "betas") if key in METHODS[name].defaults}
+    fits = {"rank": 4} if "rank" in METHODS[name].defaults else {}
+    trainer = Trainer(tiny(tmp_path, optimizer={"name": name} | fits | given))
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            assert {key: group[key] for key in given if key in group}.items() <= given.items()
+            assert "weight_decay" in group
+
+
 def test_settings_and_table_are_complete():
     settings = {f.name for f in dataclasses.fields(OptimizerConfig)} - {"name"}
     assert set().union(*(m.defaults for m in METHODS.values())) == settings
