@@ -58,7 +58,7 @@ def _rest(params: list[Tensor], settings: Settings) -> Optimizer:
 def _adam(kind: type[Adam]) -> Callable[[GPT, Settings, int], list[Optimizer]]:
     def build(model: GPT, settings: Settings, seed: int) -> list[Optimizer]:
         matrices, rest = _split(model)
-        groups = [{"params": matrices}, {"params": rest, "lr": settings["adamw_lr"] or settings["lr"]}]
+        groups = [{"params": matrices}, {"params": rest, "lr": settings["adamw_lr"]}]
         return [kind(groups, lr=settings["lr"], fused=True, **_adam_keys(settings))]
 
     return build
@@ -108,12 +108,12 @@ METHODS: dict[str, Method] = {
     ),
     "adamw": Method(
         _adam(AdamW),
-        {"lr": 1e-3, "adamw_lr": None, **_ADAM, "weight_decay": 0.1, "max_grad_norm": 1.0},
-        "torch.optim.AdamW; without adamw_lr embedding and head have lr too",
+        {"lr": 1e-3, "adamw_lr": 3e-3, **_ADAM, "weight_decay": 0.1, "max_grad_norm": 1.0},
+        "torch.optim.AdamW; embedding and head with a rate of their own, as in all other rows",
     ),
     "adam": Method(
         _adam(Adam),
-        {"lr": 1e-3, "adamw_lr": None, **_ADAM, "weight_decay": 0.0, "max_grad_norm": 1.0},
+        {"lr": 1e-3, "adamw_lr": 3e-3, **_ADAM, "weight_decay": 0.0, "max_grad_norm": 1.0},
         "torch.optim.Adam; its weight_decay is an L2 penalty",
     ),
     "sgd": Method(

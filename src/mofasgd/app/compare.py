@@ -41,6 +41,7 @@ class Job:
     def digest(self) -> str:
         """Return a hash of everything that decides the run's result."""
         content = plain(self.config)
+        content["optimizer"] = {"name": self.config.optimizer.name, **resolve(self.config.optimizer)}
         for free in ("out", "resume"):
             content.pop(free)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

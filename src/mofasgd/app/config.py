@@ -72,7 +72,7 @@ class OptimizerConfig:
     name: str = "mofasgd"
     """mofasgd, adamw, adam, sgd, muon, galore or row_norm (row-normalized SGD, without any state)"""
     lr: float | None = None
-    """peak learning rate of the matrices (for adamw, adam and sgd of everything)"""
+    """peak learning rate of the matrices (for sgd of everything)"""
     adamw_lr: float | None = None
     """peak learning rate of embedding and head, which every method but sgd trains with Adam"""
     rank: int | None = None

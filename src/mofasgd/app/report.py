@@ -85,10 +85,10 @@ def draw(rows: Sequence[Row], folder: Path, path: Path) -> None:
     colors = {row["label"]: f"C{i}" for i, row in enumerate(rows)}
     ends: list[float] = []
     for row in sorted(rows, key=by_loss):
-        path = folder / row["folder"] / "metrics.jsonl"
-        if not path.exists():
-            continue  # the result is kept in results.json even if somebody made room
-        lines = [line for line in read_metrics(path) if "validation_loss" in line]
+        metrics = folder / row["folder"] / "metrics.jsonl"
+        if not metrics.exists():
+            continue  # the result is in results.json even if somebody made room
+        lines = [line for line in read_metrics(metrics) if "validation_loss" in line]
         losses = [line["validation_loss"] for line in lines]
         ends += losses[len(losses) // 4 :]
         left.plot([line["tokens"] / 1e6 for line in lines], losses, ".-", color=colors[row["label"]], label=_label(row))
