@@ -30,6 +30,13 @@ def run_quietly(config):
     return train(config, Display(quiet=True))
 
 
+def unfinish(out):
+    """Take the result out of a run's record, as if it had been killed right after its last checkpoint."""
+    record = json.loads((out / "run.json").read_text())
+    del record["result"]
+    (out / "run.json").write_text(json.dumps(record))
+
+
 def final_weights(out):
     newest = max((out / "checkpoints").glob("step-*.pt"))
     return torch.load(newest, weights_only=True)["model"]
@@ -43,7 +50,7 @@ def metrics(out):
 
 
 def write_config(config, path):
-    from mofasgd.app.run import plain
+    from mofasgd.app.identity import plain
 
     path.write_text(yaml.safe_dump(plain(config)))
     return path

@@ -68,8 +68,8 @@ APP_MUTANTS = [
     ),
     (
         "checkpoint written in place",
-        "app/checkpoint.py",
-        'part = path.with_suffix(".part")',
+        "app/files.py",
+        'part = path.with_name(f"{path.name}.{os.getpid()}.part")',
         "part = path",
         "test_app_run.py::test_a_killed_run_ends_with_the_same_weights",
     ),
@@ -118,8 +118,8 @@ APP_MUTANTS = [
     (
         "the worst learning rate wins",
         "app/compare.py",
-        "min(runs, key=by_loss)",
-        "max(runs, key=by_loss)",
+        "min(results.of(jobs), key=by_loss)",
+        "max(results.of(jobs), key=by_loss)",
         "test_app_compare.py::test_the_best_rate_is_repeated_and_reported",
     ),
 ]

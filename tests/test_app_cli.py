@@ -72,6 +72,11 @@ def test_flags_override_the_file(tmp_path):
         (["--data.train", "nowhere.txt"], "data.train=nowhere.txt: there is no such file or folder"),
         (["--optimizer.name", "adamw", "--optimizer.rank", 4], "optimizer.rank=4 does not apply to adamw"),
         (["--tensorboard", "perhaps"], "tensorboard"),
+        (["--qqqq", 1], "--help lists all keys"),
+        (["--data.train", ""], "data.train has an empty name"),
+        (["--data.tokenizer", "nowhere.json"], "data.tokenizer=nowhere.json cannot be read"),
+        (["--seed", 10**30], "should be below 2^63"),
+        (["--device", "meta"], "device='meta' is not usable"),
     ],
 )
 def test_a_wrong_call_ends_in_one_line(capsys, monkeypatch, tmp_path, arguments, message):
@@ -105,6 +110,10 @@ def test_a_wrong_comparison_ends_in_one_line(capsys, tmp_path):
         ("{methods: {A: {name: adamw}}, seeds: []}", "seeds=[]"),
         ("{methods: {A: {name: adamw}}, jobs: 0}", "jobs=0"),
         ("jobs: 1", "methods is empty"),
+        ("{methods: {A: {name: adamw}}, lrs: {A: [0.1, 0.1]}}", "names a rate twice"),
+        ("{methods: {A: {name: adamw}}, lrs: {A: [-1]}}", "optimizer.lr=-1"),
+        ("{methods: {A: {name: adamw}}, base: {seed: 3}}", "base.seed has no effect"),
+        ("{methods: {A: {name: adamw}}, base: {stepz: 3}}", "did you mean 'base.steps'"),
     ]
     for content, message in cases:
         (tmp_path / "a.yaml").write_text(content)

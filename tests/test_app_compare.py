@@ -1,5 +1,6 @@
 """`mofasgd compare`: which runs, which of them is reported, and what is drawn and said."""
 
+import dataclasses
 import json
 import math
 
@@ -7,14 +8,18 @@ import pytest
 from app_common import metrics, run_quietly, tiny
 
 from mofasgd.app.compare import compare
-from mofasgd.app.config import CompareConfig, OptimizerConfig
+from mofasgd.app.config import CompareConfig, OptimizerConfig, PretrainConfig
 from mofasgd.app.errors import Stopped
 from mofasgd.app.record import TensorBoard, WandB
 from mofasgd.app.report import reading
 
 
+def neutral(config):
+    return dataclasses.replace(config, out=PretrainConfig().out, optimizer=OptimizerConfig())
+
+
 def comparison(folder, **options):
-    base = tiny(folder, steps=4, save_last=False)
+    base = neutral(tiny(folder, steps=4, save_last=False))
     methods = {
         "ours r4": OptimizerConfig(name="mofasgd", rank=4),
         "AdamW": OptimizerConfig(name="adamw", lr=0.01),
@@ -58,8 +63,37 @@ def test_a_second_call_keeps_what_is_there_and_other_settings_are_refused(tmp_pa
         compare(comparison(tmp_path))
     after = json.loads((tmp_path / "out" / "results.json").read_text())
     assert after["rows"] == before["rows"]
-    with pytest.raises(ValueError, match=r"holds a run of 'ours r4' at lr 0\.001 with other settings"):
-        compare(comparison(tmp_path, base=tiny(tmp_path, steps=5)))
+    # Other settings make other runs; nothing of the old ones is reported.
+    config = comparison(tmp_path, base=neutral(tiny(tmp_path, steps=3, save_last=False)), seeds=[0])
+    config.lrs = {"ours r4": [0.01]}
+    compare(config)
+    (ours,) = (
+        r for r in json.loads((tmp_path / "out" / "results.json").read_text())["rows"] if r["label"] == "ours r4"
+    )
+    alone = tiny(tmp_path, steps=3, optimizer={"name": "mofasgd", "rank": 4, "lr": 0.01})
+    assert (ours["lr"], ours["edge"]) == (0.01, False)
+    assert ours["validation_loss"] == run_quietly(alone)["validation_loss"]
+
+
+def test_all_runs_have_the_same_data(tmp_path):
+    config = comparison(tmp_path, seeds=[0])
+    compare(config)
+    text = tmp_path / "text.txt"
+    text.write_bytes(text.read_bytes()[:-20])
+    config.methods["Muon"] = OptimizerConfig(name="muon")
+    with pytest.raises(ValueError, match="the data changed between the runs of 'wild' and 'Muon'"):
+        compare(config)
+
+
+def test_labels_that_look_alike_have_folders_of_their_own(tmp_path):
+    methods = {
+        "c = 1": OptimizerConfig(name="adamw"),
+        "c=1": OptimizerConfig(name="muon"),
+        "β": OptimizerConfig(name="adam"),
+    }
+    compare(comparison(tmp_path, methods=methods, lrs={label: [0.01] for label in methods}, seeds=[0]))
+    runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert len({run["folder"] for run in runs}) == 3
 
 
 def test_processes_give_the_same_losses(tmp_path):
@@ -70,6 +104,10 @@ def test_processes_give_the_same_losses(tmp_path):
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("out", "out2"))
     losses = [{run["folder"]: str(run["validation_loss"]) for run in result["runs"]} for result in (one, two)]
     assert losses[0] == losses[1]
+    assert [[row["ms_per_step"] is None for row in result["rows"]] for result in (one, two)] == [
+        [False, False, True],
+        [True] * 3,
+    ]
 
 
 def row(label, method, loss, state):
@@ -81,6 +119,7 @@ def test_the_reading_is_as_honest_as_the_numbers():
     assert reading(rows) == (
         "X ends lowest at 1.500; AdamW at 2.000 with 10.00 MB of state; M 0.250 above AdamW with 10% of its state."
     )
+    assert "AdamW diverged" in reading([rows[1], row("AdamW", "adamw", None, None)])
     assert "M 0.500 below AdamW" in reading([rows[0], row("M", "mofasgd", 1.5, 1.0)])
     assert reading([row("AdamW", "adamw", None, None)]) == "Every run diverged."
 
@@ -117,9 +156,11 @@ def test_loggers_receive_the_metrics(tmp_path, monkeypatch):
 
 def test_a_failed_run_does_not_cost_the_others(tmp_path):
     # The folder of one run is in the way as a file.
+    import mofasgd.app.compare as module
+
     config = comparison(tmp_path, seeds=[0], jobs=2)
     (tmp_path / "out").mkdir()
-    obstacle = tmp_path / "out" / "AdamW-lr0.01-seed0"
+    obstacle = module._job(config, "AdamW", 0.01, 0).config.out
     obstacle.write_text("")
     with pytest.raises(Stopped, match=r"1 of 5 runs failed, the first: AdamW, lr 0\.01, seed 0: .*Error"):
         compare(config)

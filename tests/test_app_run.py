@@ -11,12 +11,13 @@ import time
 import pytest
 import torch
 import yaml
-from app_common import final_weights, metrics, run_quietly, tiny, write_config
+from app_common import final_weights, metrics, run_quietly, tiny, unfinish, write_config
 
 from mofasgd.app import checkpoint
 from mofasgd.app.baselines import METHODS
 from mofasgd.app.errors import Diverged, Stopped
-from mofasgd.app.run import plain
+from mofasgd.app.identity import plain
+from mofasgd.app.trainer import Trainer
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -95,6 +96,7 @@ def test_lines_of_steps_that_are_taken_again_are_dropped(tmp_path):
     run_quietly(tiny(tmp_path, checkpoint_every=4, keep_checkpoints=5))
     whole = metrics(tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "step-00000008.pt").unlink()
+    unfinish(tmp_path / "run")
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "lo')  # a kill cut it off
     run_quietly(tiny(tmp_path, resume=True))
@@ -118,9 +120,103 @@ def test_resume_refuses_another_run_and_other_data(tmp_path):
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
             run_quietly(tiny(tmp_path, resume=True, **options))
+    unfinish(tmp_path / "run")
     (tmp_path / "text.txt").write_bytes((tmp_path / "text.txt").read_bytes() + b"!")
     with pytest.raises(ValueError, match="the data is not what the run was started with"):
         run_quietly(tiny(tmp_path, resume=True))
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_result(tmp_path):
+    first = run_quietly(tiny(tmp_path))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for left in (lines, lines[:-1], []):  # what had reached the disk
+        unfinish(tmp_path / "run")
+        (tmp_path / "run" / "metrics.jsonl").write_text("".join(left))
+        again = run_quietly(tiny(tmp_path, resume=True))
+        assert again["validation_loss"] == first["validation_loss"]
+        assert again["ms_per_step"] is None
+
+
+def test_resume_without_a_run_and_with_nothing_saved(tmp_path):
+    with pytest.raises(ValueError, match="resume=true, but out=.* holds no run"):
+        run_quietly(tiny(tmp_path, resume=True))
+    assert not (tmp_path / "run").exists()
+    run_quietly(tiny(tmp_path, out=tmp_path / "whole", save_last=False))
+    assert run_quietly(tiny(tmp_path, out=tmp_path / "whole", save_last=False, resume=True))["ms_per_step"]
+    with pytest.raises(ValueError, match="seed=1 was 0"):
+        run_quietly(tiny(tmp_path, out=tmp_path / "whole", seed=1, resume=True))
+    unfinish(tmp_path / "whole")  # killed before any checkpoint
+    run_quietly(tiny(tmp_path, out=tmp_path / "whole", resume=True))
+    run_quietly(tiny(tmp_path))
+    assert equal(final_weights(tmp_path / "whole"), final_weights(tmp_path / "run"))
+
+
+def test_a_default_that_is_written_out_is_no_other_run(tmp_path):
+    run_quietly(tiny(tmp_path, steps=4))
+    unfinish(tmp_path / "run")
+    optimizer = {"name": "mofasgd", "rank": 4, "lr": METHODS["mofasgd"].defaults["lr"]}
+    run_quietly(tiny(tmp_path, steps=4, optimizer=optimizer, resume=True))
+
+
+def test_one_process_writes_a_folder(tmp_path):
+    process = start(tiny(tmp_path, steps=100_000, log_every=1), tmp_path)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not metrics(tmp_path / "run"):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    with pytest.raises(ValueError, match="is being written by another process"):
+        run_quietly(tiny(tmp_path, steps=100_000, resume=True))
+    process.kill()
+    process.communicate()
+
+
+def test_metrics_that_cannot_be_written_cost_no_step(tmp_path, monkeypatch):
+    from mofasgd.app.record import JsonLines
+
+    original = JsonLines.write
+
+    def write(self, step, line):
+        if step == 6:
+            self.file.close()
+            self.file = open("/dev/full", "w")  # noqa: SIM115
+        original(self, step, line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLines, "write", write)
+        patch.setattr(JsonLines, "sync", lambda self: None)
+        with pytest.raises(Stopped, match=r"metrics.jsonl could not be written .*Step 6 is saved.*--resume true"):
+            run_quietly(tiny(tmp_path))
+    run_quietly(tiny(tmp_path, resume=True))
+    run_quietly(tiny(tmp_path, out=tmp_path / "whole"))
+    assert equal(final_weights(tmp_path / "whole"), final_weights(tmp_path / "run"))
+
+
+def test_damaged_records_are_named(tmp_path):
+    run_quietly(tiny(tmp_path))
+    unfinish(tmp_path / "run")
+    lines = tmp_path / "run" / "metrics.jsonl"
+    whole = lines.read_text()
+    lines.write_text(whole.replace('{"step": 2', "garbage", 1))
+    with pytest.raises(ValueError, match=r"metrics.jsonl is damaged in line 1"):
+        run_quietly(tiny(tmp_path, resume=True))
+    assert lines.read_text().count("\n") == whole.count("\n")
+    (tmp_path / "run" / "run.json").write_text('{"a')
+    with pytest.raises(ValueError, match=r"run.json is damaged .*: delete it"):
+        run_quietly(tiny(tmp_path, resume=True))
+
+
+def test_a_checkpoint_holds_the_random_state(tmp_path):
+    trainer = Trainer(tiny(tmp_path))
+    content = trainer.state() | {"step": 0}
+    drawn = torch.rand(3)
+    trainer.restore(content)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+def test_out_of_memory_is_one_line(tmp_path):
+    config = tiny(tmp_path)
+    config.model.vocab_size = 10**13
+    with pytest.raises(Stopped, match="out of memory: .*Lower micro_batch_size=4"):
+        run_quietly(config)
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path):
@@ -133,13 +229,14 @@ def test_only_the_newest_checkpoints_stay(tmp_path):
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
 def test_a_damaged_checkpoint_is_told_and_nothing_is_removed(tmp_path, damage):
     run_quietly(tiny(tmp_path, checkpoint_every=6))
+    unfinish(tmp_path / "run")
     path = tmp_path / "run" / "checkpoints" / "step-00000008.pt"
     content = bytearray(path.read_bytes())
     if damage == "flip":
         weight = final_weights(tmp_path / "run")["head.weight"].numpy().tobytes()
         content[bytes(content).index(weight[:64]) + 10] ^= 1
     path.write_bytes({"truncate": content[: len(content) // 2], "empty": b""}.get(damage, content))
-    with pytest.raises(ValueError, match=r"step-00000008.pt cannot be read .*: delete it to resume from step 6"):
+    with pytest.raises(ValueError, match=r"step-00000008.pt is damaged .*: delete it to resume from step 6"):
         run_quietly(tiny(tmp_path, resume=True))
     path.unlink()
     run_quietly(tiny(tmp_path, resume=True))
@@ -176,6 +273,11 @@ def test_divergence_ends_the_run_and_says_what_to_lower(tmp_path):
     with pytest.raises(Diverged, match=r"the loss is (nan|inf) at step \d.*Lower optimizer.lr=1e\+30"):
         run_quietly(config)
     assert not (tmp_path / "run" / "checkpoints").exists()
+    # Finite at the log, not at the evaluation after it.
+    sudden = {"steps": 1, "warmup": 0.0, "cooldown": 0.0, "out": tmp_path / "sudden"}
+    with pytest.raises(Diverged, match="the validation loss is"):
+        run_quietly(tiny(tmp_path, optimizer={"name": "sgd", "lr": 1e38, "max_grad_norm": 0.0}, **sudden))
+    assert not (tmp_path / "sudden" / "checkpoints").exists()
 
 
 def test_a_run_records_where_and_with_what_it_ran(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.metadata
 import re
@@ -48,7 +49,7 @@ def _parser(command: str, function: Command, kind: type) -> Any:
             unknown, group = _UNKNOWN.search(message), _GROUP.search(message)
             if unknown:
                 word = f"{group[1]}.{unknown[1]}" if group else unknown[1]
-                message += did_you_mean(word, tuple(action.dest for action in self._actions))
+                message += _nearest(word, [action.dest for action in self._actions]) or "; --help lists all keys"
             self.exit(2, f"mofasgd {command}: error: {' '.join(message.split())}\n")
 
     parser = Parser(prog=f"mofasgd {command}", description=function.__doc__)
@@ -58,6 +59,16 @@ def _parser(command: str, function: Command, kind: type) -> Any:
     if epilog is not None:
         parser.epilog = epilog()
     return parser
+
+
+def _nearest(word: str, keys: Sequence[str]) -> str:
+    """Return "; did you mean 'x'?" for the nearest key, or the nearest last part of a key; "" if none is near."""
+    last = {key.rsplit(".", 1)[-1]: key for key in reversed(keys)}
+    for near, known in ((word, {key: key for key in keys}), (word.rsplit(".", 1)[-1], last)):
+        found = difflib.get_close_matches(near, known, n=1)
+        if found:
+            return f"; did you mean {known[found[0]]!r}?"
+    return ""
 
 
 def _usage() -> str:
@@ -77,7 +88,7 @@ def _run(command: str, arguments: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit status: 0 done, 1 failed or stopped (one line says why), 2 a wrong call."""
+    """Run a command; return its exit status: 0 done, 1 failed or stopped (one line why), 2 a wrong call, 130 Ctrl-C."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         if command in ("-h", "--help"):
@@ -92,6 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, Stopped) as error:
         print(f"mofasgd {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"mofasgd {command}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

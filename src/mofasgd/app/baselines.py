@@ -78,6 +78,8 @@ def _muon(model: GPT, settings: Settings, seed: int) -> list[Optimizer]:
 def _galore(model: GPT, settings: Settings, seed: int) -> list[Optimizer]:
     matrices, rest = _split(model)
     own = {key: settings[key] for key in ("rank", "gap", "scale")}
+    if settings["rank"] > min(min(matrix.shape) for matrix in matrices):
+        raise ValueError(f"optimizer.rank={settings['rank']} is larger than the model's width: lower it")
     groups = [{"params": matrices, **own}, {"params": rest, "lr": settings["adamw_lr"]}]
     return [GaLore(groups, lr=settings["lr"], **_adam_keys(settings))]
 

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import os
 import re
+import signal
 import statistics
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from itertools import chain
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from mofasgd.app.baselines import resolve
 from mofasgd.app.config import CompareConfig, PretrainConfig
 from mofasgd.app.display import Display
 from mofasgd.app.errors import Diverged, Stopped
-from mofasgd.app.record import environment, write_json
+from mofasgd.app.files import locked, read_json, write_json
+from mofasgd.app.identity import digest, plain
 from mofasgd.app.report import by_loss, draw, reading, table
-from mofasgd.app.run import plain, train
-from mofasgd.app.trainer import choose_device
+from mofasgd.app.run import train
 
 
 @dataclass(frozen=True)
@@ -38,14 +42,6 @@ class Job:
         """What tells a run from the others."""
         return self.label, self.lr, self.seed
 
-    def digest(self) -> str:
-        """Return a hash of everything that decides the run's result."""
-        content = plain(self.config)
-        content["optimizer"] = {"name": self.config.optimizer.name, **resolve(self.config.optimizer)}
-        for free in ("out", "resume"):
-            content.pop(free)
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
 
 def check(config: CompareConfig) -> None:
     """Raise ValueError for an empty comparison, an unknown label, or a setting that a method does not have."""
@@ -54,8 +50,16 @@ def check(config: CompareConfig) -> None:
     for label in config.lrs:
         if label not in config.methods:
             raise ValueError(f"lrs has the label {label!r}, which methods does not: {', '.join(config.methods)}")
-    for optimizer in config.methods.values():
-        resolve(optimizer)
+    neutral = PretrainConfig()
+    for key in ("out", "seed", "resume", "optimizer"):
+        if getattr(config.base, key) != getattr(neutral, key):
+            raise ValueError(f"base.{key} has no effect: use out, seeds, methods and lrs of the comparison")
+    for label, optimizer in config.methods.items():
+        rates = _rates(config, label)
+        if len(set(rates)) < len(rates):
+            raise ValueError(f"lrs of {label!r} names a rate twice: {rates}")
+        for lr in rates:
+            resolve(dataclasses.replace(optimizer, lr=lr))
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"seeds={config.seeds} should be one or more different whole numbers")
     if config.jobs < 1:
@@ -63,30 +67,34 @@ def check(config: CompareConfig) -> None:
 
 
 def _job(config: CompareConfig, label: str, lr: float, seed: int) -> Job:
-    folder = f"{re.sub(r'[^A-Za-z0-9]+', '-', label).strip('-')}-lr{lr:g}-seed{seed}"
     optimizer = dataclasses.replace(config.methods[label], lr=lr)
-    run = dataclasses.replace(config.base, out=config.out / folder, optimizer=optimizer, seed=seed, resume=True)
-    return Job(label, lr, seed, run)
+    run = dataclasses.replace(config.base, optimizer=optimizer, seed=seed)
+    # The digest tells labels apart that differ in signs only.
+    unique = hashlib.sha256(f"{label} {lr!r} {digest(run)}".encode()).hexdigest()[:6]
+    folder = config.out / f"{re.sub(r'[^A-Za-z0-9]+', '-', label).strip('-')}-lr{lr:g}-seed{seed}-{unique}"
+    return Job(label, lr, seed, dataclasses.replace(run, out=folder, resume=(folder / "run.json").exists()))
 
 
 def _rates(config: CompareConfig, label: str) -> list[float]:
     return config.lrs.get(label) or [resolve(config.methods[label])["lr"]]
 
 
-def _execute(job: Job, quiet: bool) -> dict[str, Any]:
-    """Run a job; a diverged one has no loss."""
+def _execute(job: Job, workers: int) -> dict[str, Any]:
+    """Run a job, as one of `workers` at a time; a diverged one has no loss."""
     result: dict[str, Any] = {"validation_loss": None, "optimizer_state_mb": None, "ms_per_step": None}
     try:
-        result = train(job.config, Display(quiet=quiet, label=f"{job.label}, lr {job.lr:g}"))
+        result = train(job.config, Display(quiet=workers > 1, label=f"{job.label}, lr {job.lr:g}"))
     except Diverged as error:
         result["diverged"] = str(error)
-    record = json.loads((job.config.out / "run.json").read_text())
+    record = read_json(job.config.out / "run.json")
     return {
         "label": job.label,
         "lr": job.lr,
         "seed": job.seed,
         "folder": job.config.out.name,
-        "config": job.digest(),
+        "config": digest(job.config),
+        "jobs": workers,
+        "environment": record["sessions"][-1],
         "settings": record["optimizer_settings"],
         "parameters": record["model"]["parameters"],
         "data": record["data"],
@@ -101,52 +109,55 @@ class Results:
         self.path = config.out / "results.json"
         self.content: dict[str, Any] = {"runs": []}
         if self.path.exists():
-            self.content = json.loads(self.path.read_text())
-        config.out.mkdir(parents=True, exist_ok=True)
-        self.content["environment"] = environment(choose_device(config.base.device))
+            self.content = read_json(self.path)
         self.content["base"] = plain(config.base)
-        self.content["jobs"] = config.jobs
 
-    def missing(self, jobs: Iterable[Job]) -> list[Job]:
-        """Return the jobs without a result; ValueError if a result was obtained with other settings."""
-        done = {(run["label"], run["lr"], run["seed"]): run for run in self.content["runs"]}
-        left = []
-        for job in jobs:
-            if job.key not in done:
-                left.append(job)
-            elif done[job.key]["config"] != job.digest():
-                raise ValueError(
-                    f"{self.path} holds a run of {job.label!r} at lr {job.lr:g} with other settings: name another --out"
-                )
-        return left
+    def find(self, job: Job) -> dict[str, Any] | None:
+        """Return the job's result, or None; what was obtained with other settings does not count."""
+        wanted = (job.label, job.lr, job.seed, digest(job.config))
+        runs = (run for run in self.content["runs"] if (run["label"], run["lr"], run["seed"], run["config"]) == wanted)
+        return next(runs, None)
+
+    def of(self, jobs: Iterable[Job]) -> list[dict[str, Any]]:
+        """Return the results of `jobs`, which all have one."""
+        found = [self.find(job) for job in jobs]
+        return [run for run in found if run is not None]
 
     def add(self, run: dict[str, Any]) -> None:
         """Keep a result."""
         self.content["runs"].append(run)
         write_json(self.path, self.content)
 
-    def runs(self, label: str) -> list[dict[str, Any]]:
-        """Return the runs of a row."""
-        return [run for run in self.content["runs"] if run["label"] == label]
 
-    def best_lr(self, label: str, seed: int) -> float:
-        """Return the learning rate with the lowest loss on `seed`; any if all diverged."""
-        runs = [run for run in self.runs(label) if run["seed"] == seed]
-        return float(min(runs, key=by_loss)["lr"])
+def check_same_data(runs: Iterable[dict[str, Any]]) -> None:
+    """Raise ValueError if the runs were not all trained on the same tokens."""
+    labels = {run["data"]["sha256"]: run["label"] for run in runs}
+    if len(labels) > 1:
+        first, second = list(labels.values())[:2]
+        raise ValueError(f"the data changed between the runs of {first!r} and {second!r}: name another --out")
 
 
-def _child(job: Job, pipe: Connection) -> None:
+def _follow(parent: BaseProcess) -> None:
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _child(job: Job, workers: int, pipe: Connection) -> None:
+    parent = parent_process()
+    assert parent is not None
+    # Without its parent it saves and stops: nobody would collect the result.
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     try:
-        pipe.send(_execute(job, quiet=True))
+        pipe.send(_execute(job, workers))
     except Exception as error:  # for the parent to tell
         pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
-def _execute_apart(job: Job) -> dict[str, Any] | str:
+def _execute_apart(job: Job, workers: int) -> dict[str, Any] | str:
     """Run a job in a process of its own, which takes a broken GPU context with it; return an error as text."""
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(job, sender))
+    process = context.Process(target=_child, args=(job, workers, sender))
     process.start()
     sender.close()
     try:
@@ -161,11 +172,11 @@ def _sweep(jobs: list[Job], results: Results, workers: int) -> None:
     """Run `jobs` and keep their results; raise Stopped if any failed, after the others have finished."""
     if workers == 1:
         for job in jobs:
-            results.add(_execute(job, quiet=False))
+            results.add(_execute(job, workers))
         return
     display, failures = Display(), []
     with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(_execute_apart, job): job for job in jobs}
+        futures = {pool.submit(_execute_apart, job, workers): job for job in jobs}
         try:
             for future in as_completed(futures):
                 job, run = futures[future], future.result()
@@ -184,51 +195,53 @@ def _sweep(jobs: list[Job], results: Results, workers: int) -> None:
         raise Stopped(f"{len(failures)} of {len(jobs)} runs failed, the first: {failures[0]}")
 
 
-def _rows(config: CompareConfig, results: Results) -> Iterator[dict[str, Any]]:
-    """Yield one row a label: the best learning rate, mean and spread over the seeds."""
-    for label in config.methods:
-        lr = results.best_lr(label, config.seeds[0])
-        runs = [run for run in results.runs(label) if run["lr"] == lr and run["seed"] in config.seeds]
-        losses = [run["validation_loss"] for run in runs]
-        tried = sorted(set(_rates(config, label)))
-        yield {
-            **{key: runs[0][key] for key in ("optimizer_state_mb", "ms_per_step", "parameters")},
-            "label": label,
-            "method": config.methods[label].name,
-            "lr": lr,
-            # A best value at the end of the grid may not be the best there is.
-            "edge": len(tried) > 1 and lr in (tried[0], tried[-1]),
-            "validation_loss": None if None in losses else statistics.fmean(losses),
-            "std": statistics.stdev(losses) if len(losses) > 1 and None not in losses else None,
-            "seeds": len(losses),
-            "folder": runs[0]["folder"],
-        }
+def _row(config: CompareConfig, label: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what is reported of a label: the best learning rate `runs` were made with, mean and spread over seeds."""
+    losses, tried, first = [run["validation_loss"] for run in runs], sorted(_rates(config, label)), runs[0]
+    return {
+        **{key: first[key] for key in ("label", "lr", "folder", "optimizer_state_mb", "parameters")},
+        "method": config.methods[label].name,
+        # A best value at the end of the grid may not be the best there is.
+        "edge": len(tried) > 1 and first["lr"] in (tried[0], tried[-1]),
+        "validation_loss": None if None in losses else statistics.fmean(losses),
+        "std": statistics.stdev(losses) if len(losses) > 1 and None not in losses else None,
+        "seeds": len(losses),
+        # Runs beside others slow each other down.
+        "ms_per_step": first["ms_per_step"] if first["jobs"] == 1 else None,
+    }
+
+
+def _measure(config: CompareConfig, results: Results) -> list[dict[str, Any]]:
+    """Make the runs that are missing; return one row a label."""
+    first, *others = config.seeds
+    grid = {label: [_job(config, label, lr, first) for lr in _rates(config, label)] for label in config.methods}
+    found = results.of(chain(*grid.values()))
+    if found:
+        Display().note(f"{results.path} has {len(found)} of these runs already: delete the folder to repeat them")
+    _sweep([job for job in chain(*grid.values()) if results.find(job) is None], results, config.jobs)
+    best = {label: min(results.of(jobs), key=by_loss)["lr"] for label, jobs in grid.items()}
+    repeats = {label: [_job(config, label, lr, seed) for seed in others] for label, lr in best.items()}
+    _sweep([job for job in chain(*repeats.values()) if results.find(job) is None], results, config.jobs)
+    check_same_data(results.of(chain(*grid.values(), *repeats.values())))
+    chosen = {label: [_job(config, label, lr, first), *repeats[label]] for label, lr in best.items()}
+    return [_row(config, label, results.of(jobs)) for label, jobs in chosen.items()]
 
 
 def compare(config: CompareConfig) -> None:
     """Train the same model on the same tokens with several optimizers; report a table and a picture."""
     check(config)
-    results = Results(config)
-    first, *others = config.seeds
-    grid = [_job(config, label, lr, first) for label in config.methods for lr in _rates(config, label)]
-    if results.content["runs"]:
-        Display().note(f"{results.path} has {len(results.content['runs'])} finished runs: delete it to repeat them")
-    try:
-        _sweep(results.missing(grid), results, config.jobs)
-        best = {label: results.best_lr(label, first) for label in config.methods}
-        repeats = [_job(config, label, best[label], seed) for label in config.methods for seed in others]
-        _sweep(results.missing(repeats), results, config.jobs)
-    except (Stopped, KeyboardInterrupt) as error:
-        raise Stopped(
-            f"{error or 'interrupted'}. Calling mofasgd compare again repeats unfinished runs only"
-        ) from error
-    rows = list(_rows(config, results))
-    results.content["rows"] = rows
-    results.content["reading"] = reading(rows)
-    write_json(results.path, results.content)
-    picture = config.out / "report.png"
-    draw(rows, config.out, picture)
+    with locked(config.out, "out"):
+        results = Results(config)
+        try:
+            rows = _measure(config, results)
+        except (Stopped, KeyboardInterrupt) as error:
+            reason = str(error).split(" Go on with")[0] or "interrupted"
+            raise Stopped(f"{reason} Calling mofasgd compare again repeats unfinished runs only") from error
+        results.content |= {"rows": rows, "reading": reading(rows)}
+        write_json(results.path, results.content)
+        picture = config.out / "report.png"
+        drawn = draw(rows, config.out, picture)
     display = Display()
-    display.console.print(table(rows, alone=config.jobs == 1))
+    display.console.print(table(rows))
     display.note(results.content["reading"])
-    display.note(f"{picture} shows it, {results.path} has the numbers")
+    display.note((f"{picture} shows it, " if drawn else "") + f"{results.path} has the numbers")

@@ -88,7 +88,7 @@ class OptimizerConfig:
     eps: float | None = None
     """of Adam, wherever it is used"""
     weight_decay: float | None = None
-    """decoupled decay of the matrices per unit of learning rate"""
+    """decay per unit of learning rate: decoupled; an L2 penalty in adam and sgd"""
     complement: float | None = None
     """of mofasgd: weight of the row-normalized part of the gradient that the momentum cannot hold; 0: the paper's"""
     lr_scale: Literal["none", "spectral", "match_rms_adamw"] | None = None
@@ -126,7 +126,7 @@ class PretrainConfig:
     seed: int = 0
     """of weights, order of the data and rounding"""
     device: str = "auto"
-    """auto (an accelerator if there is one), or as in torch.device"""
+    """auto (a GPU if there is one), or as in torch.device"""
     precision: Precision = "auto"
     """auto: bf16-mixed on a GPU (float32 weights, bfloat16 products), else float32; bf16-true: bfloat16 weights"""
     compile: bool = False
@@ -148,11 +148,13 @@ class PretrainConfig:
     keep_checkpoints: int = 2
     """newest checkpoints that stay"""
     resume: bool = False
-    """go on from the newest checkpoint of the run folder, if there is one"""
+    """go on with the run in the run folder, from its newest checkpoint"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "eval_every", "log_every", "keep_checkpoints"):
             check_whole(name, getattr(self, name), 1)
+        if self.seed >= 2**63:
+            raise ValueError(f"seed={self.seed} should be below 2^63")
         for name in ("micro_batch_size", "eval_tokens", "checkpoint_every", "seed"):
             check_whole(name, getattr(self, name), 0)
         check_number("warmup", self.warmup, 0.0, 1.0)
@@ -171,7 +173,7 @@ class CompareConfig:
     out: Path = Path("runs/compare")
     """folder for the runs, results.json and report.png; a second call goes on where the first ended"""
     base: PretrainConfig = field(default_factory=PretrainConfig)
-    """what all runs share; its out, seed, resume and optimizer are set by the comparison"""
+    """what all runs share, but for out, seed, resume and optimizer"""
     methods: dict[str, OptimizerConfig] = field(default_factory=dict)
     """label of a row -> optimizer"""
     lrs: dict[str, list[float]] = field(default_factory=dict)

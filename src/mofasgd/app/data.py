@@ -51,6 +51,8 @@ def _fingerprint(shards: Sequence[Tokens]) -> str:
 def _files(sources: Sequence[str], key: str) -> list[Path]:
     found: list[Path] = []
     for source in sources:
+        if not source:
+            raise ValueError(f"{key} has an empty name")
         path = Path(source).expanduser()
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.is_file() and (is_text(p) or p.suffix == ".bin"))
@@ -89,7 +91,9 @@ def open_corpus(sources: Sequence[str], config: DataConfig, key: str) -> Corpus:
             shards, vocab_size = [read_shard(path) for path in files], 0
         else:
             tokenizer = Tokenizer(config.tokenizer, config.cache)
-            shards, vocab_size = [tokenizer(read_text(path), str(path)) for path in files], tokenizer.vocab_size
+            texts = [tokenizer(read_text(path), str(path)) for path in files]
+            # One stream: a file shorter than a sequence is trained on as well.
+            shards, vocab_size = [texts[0] if len(texts) == 1 else np.concatenate(texts)], tokenizer.vocab_size
     return Corpus(shards, vocab_size, _fingerprint(shards))
 
 
@@ -121,20 +125,19 @@ def load(config: DataConfig) -> tuple[Corpus, list[Tokens]]:
     longest = max((len(shard) for shard in corpus.shards), default=0)
     if longest <= config.context:
         raise ValueError(
-            f"data.context={config.context} is longer than the data: the longest of {len(corpus.shards)} training "
-            f"file(s) has {longest} tokens; lower data.context or give more text"
+            f"data.context={config.context} is longer than the data: the longest piece of training data has {longest} "
+            "tokens; lower data.context or give more text"
         )
     if sum(max(0, len(shard) - 1) for shard in validation) == 0:
         raise ValueError("there are no validation tokens: give data.validation, or raise data.holdout")
     return corpus, validation
 
 
-def check_vocabulary(tokens: Tensor, vocab_size: int) -> None:
-    """Raise ValueError if a token has no row in the model."""
-    if int(tokens.max()) >= vocab_size:
+def check_vocabulary(largest: int, vocab_size: int) -> None:
+    """Raise ValueError if the token `largest` has no row in the model."""
+    if largest >= vocab_size:
         raise ValueError(
-            f"the data has token {int(tokens.max())}, but the model's vocabulary has {vocab_size}: raise "
-            "model.vocab_size"
+            f"the data has token {largest}, but the model's vocabulary has {vocab_size}: raise model.vocab_size"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
+from mofasgd.app.files import write_text
 
 PACKAGE = Path(__file__).resolve().parents[1]
 _LIBRARIES = ("torch", "numpy", "tokenizers", "triton", "transformers")
@@ -48,7 +51,9 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Return commit, versions, hardware and command, for a run's record."""
     # An installed package has no commit: its source says which code ran.
     source = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(PACKAGE.rglob("*.py")))).hexdigest()[:12]
-    commit = _git("rev-parse", "HEAD")
+    # Installed inside somebody's repository, the commit would be theirs.
+    own = _git("ls-files", "--error-unmatch", "__init__.py")
+    commit = _git("rev-parse", "HEAD") if own else None
     dirty = None if commit is None else bool(_git("status", "--porcelain", "--untracked-files=no"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
@@ -67,13 +72,6 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` so that the file is whole or the old one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, default=str, allow_nan=False) + "\n")
-    part.replace(path)
-
-
 class Sink(Protocol):
     """Takes metrics by step."""
 
@@ -89,20 +87,29 @@ class JsonLines:
 
     def __init__(self, path: Path, resumed_at: int) -> None:
         """Open the file; lines after step `resumed_at`, of steps that will be taken again, are dropped."""
-        kept = [line for line in read_metrics(path) if line["step"] <= resumed_at] if path.exists() else []
-        part = path.with_name(path.name + ".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        part.replace(path)
+        if path.exists():
+            kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= resumed_at]
+            write_text(path, "".join(kept))
+        self.path = path
         self.file = open(path, "a")  # noqa: SIM115
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Append a line."""
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
+        """Append a line; OSError naming the file if it is not taken."""
+        try:
+            self.file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise OSError(f"{self.path} could not be written ({error.strerror})") from error
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk."""
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        self.file.close()
+        # A line that could not be written has been reported; closing would report it again.
+        with contextlib.suppress(OSError):
+            self.file.close()
 
 
 class TensorBoard:
@@ -146,11 +153,20 @@ class WandB:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl; a last line cut off by a kill is left out."""
-    lines = []
-    for line in path.read_text().splitlines():
+    """Return the lines of a metrics.jsonl; a last line cut off by a kill is left out.
+
+    Raises:
+        ValueError: for any other line that is no object with a step.
+    """
+    lines: list[dict[str, Any]] = []
+    texts = path.read_text(errors="replace").splitlines()
+    for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            line = json.loads(text)
+            line["step"] + 0
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(texts):
+                break
+            raise ValueError(f"{path} is damaged in line {number}: mend or delete that line") from error
+        lines.append(line)
     return lines

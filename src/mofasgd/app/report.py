@@ -26,13 +26,9 @@ def _loss(row: Row) -> str:
     return f"{row['validation_loss']:.4f}{spread}"
 
 
-def table(rows: Sequence[Row], *, alone: bool) -> Table:
-    """Return the rows as a table, the lowest loss first.
-
-    Args:
-        rows: as `mofasgd.app.compare` makes them.
-        alone: whether each run had the machine for itself; else times are left out.
-    """
+def table(rows: Sequence[Row]) -> Table:
+    """Return the rows (of `mofasgd.app.compare`) as a table, the lowest loss first; without times if any is unknown."""
+    alone = all(row["ms_per_step"] is not None for row in rows if row["validation_loss"] is not None)
     out = Table("optimizer", "lr", "validation loss", "optimizer state", *(["ms per step"] if alone else []))
     out.columns[0].no_wrap = True
     for column in out.columns[1:]:
@@ -50,6 +46,7 @@ def table(rows: Sequence[Row], *, alone: bool) -> Table:
 def reading(rows: Sequence[Row]) -> str:
     """Return one line: every MoFaSGD row against AdamW, or the best row if there is no AdamW."""
     finished = sorted((row for row in rows if row["validation_loss"] is not None), key=by_loss)
+    diverged = [row["label"] for row in rows if row["validation_loss"] is None]
     adamw = next((row for row in finished if row["method"] == "adamw"), None)
     if not finished:
         return "Every run diverged."
@@ -61,17 +58,17 @@ def reading(rows: Sequence[Row]) -> str:
             share = row["optimizer_state_mb"] / adamw["optimizer_state_mb"]
             side = "below" if difference < 0 else "above"
             parts.append(f"{row['label']} {abs(difference):.3f} {side} AdamW with {share:.0%} of its state")
-    return "; ".join(parts) + "."
+    return "; ".join([*parts, *(f"{label} diverged" for label in diverged)]) + "."
 
 
 def _label(row: Row) -> str:
     return f"{row['label']} (lr {row['lr']:g})"
 
 
-def draw(rows: Sequence[Row], folder: Path, path: Path) -> None:
+def draw(rows: Sequence[Row], folder: Path, path: Path) -> bool:
     """Draw loss curves and memory bars of the rows that did not diverge into `path` (PNG).
 
-    Run folders lie in `folder`. Nothing is drawn if all diverged.
+    Run folders lie in `folder`. Returns whether there was anything to draw.
     """
     import matplotlib
 
@@ -80,7 +77,7 @@ def draw(rows: Sequence[Row], folder: Path, path: Path) -> None:
 
     rows = [row for row in rows if row["validation_loss"] is not None]
     if not rows:
-        return
+        return False
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), width_ratios=(3, 2), layout="constrained")
     colors = {row["label"]: f"C{i}" for i, row in enumerate(rows)}
     ends: list[float] = []
@@ -116,3 +113,4 @@ def draw(rows: Sequence[Row], folder: Path, path: Path) -> None:
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+    return True

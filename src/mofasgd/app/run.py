@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import shlex
 import signal
-import statistics
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -24,58 +22,10 @@ from mofasgd.app.baselines import table
 from mofasgd.app.config import PretrainConfig
 from mofasgd.app.display import Display
 from mofasgd.app.errors import Diverged, Stopped
-from mofasgd.app.record import JsonLines, Sink, TensorBoard, WandB, environment, read_metrics, write_json
+from mofasgd.app.files import locked, read_json, write_json, write_text
+from mofasgd.app.identity import check_same_run, identity, plain
+from mofasgd.app.record import JsonLines, Sink, TensorBoard, WandB, environment, read_metrics
 from mofasgd.app.trainer import Trainer
-
-# What a resumed run may change: it has no influence on the weights, or the data's checksum covers it.
-_FREE = {
-    *(
-        "out",
-        "resume",
-        "save_last",
-        "device",
-        "compile",
-        "eval_every",
-        "eval_tokens",
-        "log_every",
-        "tensorboard",
-        "wandb",
-    ),
-    *("checkpoint_every", "keep_checkpoints", "data.cache", "data.train", "data.validation", "data.tokenizer"),
-}
-
-
-def plain(config: Any) -> dict[str, Any]:
-    """Return a configuration as YAML and JSON can hold it."""
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: convert(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [convert(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
-    converted: dict[str, Any] = convert(dataclasses.asdict(config))
-    return converted
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def check_same_run(then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise ValueError for a setting that differs between a checkpoint's configuration and the present one."""
-    before = dict(_flat(then))
-    for key, value in _flat(now):
-        if key not in _FREE and before.get(key, value) != value:
-            raise ValueError(
-                f"{key}={value!r} was {before[key]!r} in the run to be resumed: put it back, or start another run "
-                "with another --out"
-            )
 
 
 @contextmanager
@@ -100,67 +50,71 @@ class Clock:
 
     Attributes:
         seconds: since step 0, over all sessions of the run.
-        laps: seconds per step between two log lines of this session.
+        laps: (seconds, steps) between two log lines of this session.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self.laps: list[float] = []
+        self.laps: list[tuple[float, int]] = []
         self._begin = time.perf_counter()
 
     def lap(self, steps: int) -> float:
         """End an interval of `steps` steps; return its seconds per step."""
         spent = time.perf_counter() - self._begin
         self.seconds += spent
-        self.laps.append(spent / steps)
+        self.laps.append((spent, steps))
         self.skip()
-        return self.laps[-1]
+        return spent / steps
 
     def skip(self) -> None:
         """Leave out the time since the last lap."""
         self._begin = time.perf_counter()
 
-    def median(self) -> float:
-        """Return the median seconds per step; the first interval, which warms up, counts only if it is alone."""
-        return statistics.median(self.laps[1:] or self.laps)
+    def per_step(self) -> float | None:
+        """Return the mean seconds per step; the first interval, which warms up, counts only if it is alone."""
+        laps = self.laps[1:] or self.laps
+        return sum(seconds for seconds, _ in laps) / sum(steps for _, steps in laps) if laps else None
 
 
 class Session:
     """One start of `mofasgd pretrain` on a run folder."""
 
-    def __init__(self, config: PretrainConfig, display: Display) -> None:
-        self.config, self.display, self.out = config, display, config.out
+    def __init__(self, config: PretrainConfig, trainer: Trainer, display: Display) -> None:
+        self.config, self.trainer, self.display, self.out = config, trainer, display, config.out
         self.folder = config.out / "checkpoints"
-        content = self._newest()
-        self.trainer = Trainer(config)
-        seconds = 0.0
-        if content is not None:
-            check_same_run(content["config"], plain(config))
-            self.trainer.restore(content)
-            seconds = content["seconds"]
-        self.clock = Clock(seconds)
-        self.saved_at = self.trainer.step if content is not None else None
+        self.clock = Clock(self._restore())
         # Of the steps since the last log line; read there only, a GPU would wait otherwise.
         self.losses: list[Tensor] = []
-        self.identity = self._write_record()
-        self.sinks = self._open_sinks()
+        self.record = self._new_record()
+        self.metrics = JsonLines(self.out / "metrics.jsonl", trainer.step)
+        self.sinks: list[Sink] = [self.metrics]
+        if config.tensorboard:
+            self.sinks.append(TensorBoard(self.out, trainer.step))
+        if config.wandb:
+            self.sinks.append(WandB(config.wandb, self.out, self.record["id"], plain(config)))
+        self._write_record()
 
-    def _newest(self) -> dict[str, Any] | None:
-        if self.config.resume:
-            return checkpoint.load(self.folder)
-        if checkpoint.checkpoints(self.folder) or (self.out / "metrics.jsonl").exists():
-            raise ValueError(f"{self.out} holds a run already: add --resume true to go on, or name another --out")
-        return None
+    def _restore(self) -> float:
+        """Take over the newest checkpoint if the run is resumed; return the seconds it has trained."""
+        content = checkpoint.load(self.folder) if self.config.resume else None
+        if content is None:
+            if self.config.resume:
+                self.display.note("there is no checkpoint yet: starting at step 0")
+            return 0.0
+        check_same_run(content["identity"], self.config)
+        self.trainer.restore(content)
+        self.display.note(f"resumed at step {self.trainer.step}")
+        return float(content["seconds"])
 
-    def _write_record(self) -> str:
-        """Write config.yaml and run.json; return the run's id."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        saved = plain(dataclasses.replace(self.config, resume=False))
-        (self.out / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False))
-        path, trainer = self.out / "run.json", self.trainer
-        record: dict[str, Any] = {
-            "id": uuid.uuid4().hex[:16],
+    def _new_record(self) -> dict[str, Any]:
+        """Return the content of run.json; a resumed run keeps its id and tells of all its sessions."""
+        trainer, path = self.trainer, self.out / "run.json"
+        earlier = read_json(path) if trainer.step and path.exists() else {}
+        session = {"from_step": trainer.step, **environment(trainer.device)}
+        return {
+            "id": earlier.get("id", uuid.uuid4().hex[:16]),
             "config": plain(self.config),
+            "identity": identity(self.config),
             "optimizer_settings": trainer.settings,
             "seeds": {"weights, data and rounding": self.config.seed},
             "data": {
@@ -169,24 +123,15 @@ class Session:
                 "validation_tokens": sum(map(len, trainer.validation)),
             },
             "model": {"parameters": sum(p.numel() for p in trainer.model.parameters()), "vocab": trainer.vocab_size},
-            "sessions": [],
+            "sessions": [*earlier.get("sessions", []), session],
         }
-        if trainer.step and path.exists():
-            earlier = json.loads(path.read_text())
-            record |= {key: earlier[key] for key in ("id", "sessions", "result") if key in earlier}
-        record["sessions"].append({"from_step": trainer.step, **environment(trainer.device)})
-        write_json(path, record)
-        self.record = record
-        return str(record["id"])
 
-    def _open_sinks(self) -> list[Sink]:
-        step, config = self.trainer.step, self.config
-        sinks: list[Sink] = [JsonLines(self.out / "metrics.jsonl", step)]
-        if config.tensorboard:
-            sinks.append(TensorBoard(self.out, step))
-        if config.wandb:
-            sinks.append(WandB(config.wandb, self.out, self.identity, plain(config)))
-        return sinks
+    def _write_record(self) -> None:
+        text = yaml.safe_dump(plain(dataclasses.replace(self.config, resume=False)), sort_keys=False)
+        path = self.out / "config.yaml"
+        if not path.exists() or path.read_text() != text:
+            write_text(path, text)
+        write_json(self.out / "run.json", self.record)
 
     def _write(self, metrics: dict[str, float]) -> None:
         for sink in self.sinks:
@@ -198,6 +143,7 @@ class Session:
         loss = float(torch.stack(self.losses).mean())
         per_step = self.clock.lap(len(self.losses))
         self.losses = []
+        self._refuse_divergence(loss, "loss")
         tokens = config.batch_size * config.data.context
         metrics = {
             "loss": loss,
@@ -208,28 +154,28 @@ class Session:
             "peak_mb": round(trainer.peak_megabytes(), 1),
         }
         self._write(metrics)
-        if not math.isfinite(loss):
-            raise Diverged(
-                f"training diverged: the loss is {loss} at step {trainer.step}. Lower optimizer.lr="
-                f"{trainer.settings['lr']:g} or raise warmup={config.warmup:g}"
-            )
 
     def _evaluate(self) -> float:
         loss = self.trainer.evaluate()
+        self._refuse_divergence(loss, "validation loss")
         tokens = self.trainer.step * self.config.batch_size * self.config.data.context
-        self._write({"validation_loss": loss, "tokens": tokens, "seconds": self.clock.seconds})
+        self._write({"validation_loss": loss, "tokens": tokens, "seconds": round(self.clock.seconds, 3)})
         return loss
 
+    def _refuse_divergence(self, loss: float, name: str) -> None:
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"training diverged: the {name} is {loss} at step {self.trainer.step}. Lower optimizer.lr="
+                f"{self.trainer.settings['lr']:g} or raise warmup={self.config.warmup:g}"
+            )
+
     def _save(self) -> None:
-        if self.saved_at == self.trainer.step:
-            return
-        content = {
-            **self.trainer.state(),
-            "config": plain(self.config),
-            "seconds": self.clock.seconds,
-        }
+        """Write a checkpoint; raise Stopped if that fails."""
         step = self.trainer.step
+        content = {**self.trainer.state(), "identity": identity(self.config), "seconds": self.clock.seconds}
         try:
+            # No checkpoint may be later than the metrics of its step.
+            self.metrics.sync()
             checkpoint.save(self.folder, step, content, self.config.keep_checkpoints)
         except OSError as error:
             found = checkpoint.checkpoints(self.folder)
@@ -237,66 +183,97 @@ class Session:
             raise Stopped(
                 f"step {step} could not be saved ({error}); {last}. Make room, then: {self.resume_command()}"
             ) from error
-        self.saved_at = step
 
     def resume_command(self) -> str:
         """Return the command that goes on with this run."""
-        return f"mofasgd pretrain --config {self.out / 'config.yaml'} --resume true"
+        return f"mofasgd pretrain --config {shlex.quote(str(self.out / 'config.yaml'))} --resume true"
 
     def train(self) -> dict[str, Any]:
         """Run to the last step; return the result, which is also in run.json.
 
         Raises:
-            Stopped: when interrupted, diverged, or a checkpoint could not be written.
+            Stopped: when interrupted, diverged, or data or disk failed; what was reached is saved if it can be.
         """
         config, trainer = self.config, self.trainer
-        if trainer.step == config.steps:
-            self.display.note(f"{self.out} has already taken its {config.steps} steps")
-            return self._finish()
         with _catch_signals() as caught, self.display.running(config.steps, trainer.step):
             self.clock.skip()
-            while trainer.step < config.steps:
-                self.losses.append(trainer.train_step())
-                step, last = trainer.step, trainer.step == config.steps
-                evaluate = last or step % config.eval_every == 0
-                save = bool(caught) or (last and config.save_last)
-                save = save or (config.checkpoint_every > 0 and step % config.checkpoint_every == 0)
-                if evaluate or save or step % config.log_every == 0:
-                    self._log()
-                if evaluate:
-                    self._evaluate()
-                if save:
-                    self._save()
-                if caught and not last:
-                    raise Stopped(f"{caught[0]} at step {step}: saved. Go on with: {self.resume_command()}")
-                if evaluate or save:
-                    self.clock.skip()
+            try:
+                while trainer.step < config.steps:
+                    self._advance(bool(caught))
+                    if caught and trainer.step < config.steps:
+                        self._save()
+                        raise Stopped(f"{caught[0]} at step {trainer.step}: saved. Go on with: {self.resume_command()}")
+            except (ValueError, OSError) as error:
+                if trainer.step == 0:
+                    raise
+                self._save()
+                raise Stopped(
+                    f"{error}. Step {trainer.step} is saved; when that is mended: {self.resume_command()}"
+                ) from error
         return self._finish()
+
+    def _advance(self, stopping: bool) -> None:
+        """Take a step, and log, evaluate and save where it is time to."""
+        config, trainer = self.config, self.trainer
+        self.losses.append(trainer.train_step())
+        step, last = trainer.step, trainer.step == config.steps
+        evaluate = last or step % config.eval_every == 0
+        save = config.save_last if last else config.checkpoint_every > 0 and step % config.checkpoint_every == 0
+        if evaluate or save or stopping or step % config.log_every == 0:
+            self._log()
+        if evaluate:
+            self._evaluate()
+        if save:
+            self._save()
+        if evaluate or save:
+            self.clock.skip()
 
     def _finish(self) -> dict[str, Any]:
         """Add the result to run.json and return it."""
-        trainer, lines = self.trainer, read_metrics(self.out / "metrics.jsonl")
-        losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
-        result: dict[str, Any] = {
-            "validation_loss": losses[-1],
-            "best_validation_loss": min(losses),
-            "tokens": lines[-1]["tokens"],
+        trainer, path = self.trainer, self.out / "metrics.jsonl"
+        at_end = [x for x in read_metrics(path) if x["step"] == trainer.step and "validation_loss" in x]
+        # The line may have been lost between the last checkpoint and the end.
+        loss = at_end[-1]["validation_loss"] if at_end else self._evaluate()
+        per_step = self.clock.per_step()
+        self.record["result"] = {
+            "validation_loss": loss,
+            "best_validation_loss": min(x["validation_loss"] for x in read_metrics(path) if "validation_loss" in x),
+            "tokens": trainer.step * self.config.batch_size * self.config.data.context,
             "optimizer_state_mb": round(trainer.state_megabytes(), 3),
-            "peak_mb": max(line.get("peak_mb", 0) for line in lines),
+            "peak_mb": round(trainer.peak_megabytes(), 1),
             "seconds": round(self.clock.seconds, 2),
+            # Of this session; unknown if it had no step to take.
+            "ms_per_step": None if per_step is None else round(1000 * per_step, 2),
         }
-        if self.clock.laps:
-            result["ms_per_step"] = round(1000 * self.clock.median(), 2)
-        else:
-            result["ms_per_step"] = self.record.get("result", {}).get("ms_per_step", math.nan)
-        self.record["result"] = result
         write_json(self.out / "run.json", self.record)
+        result: dict[str, Any] = self.record["result"]
         return result
 
     def close(self) -> None:
         """Close the metric files."""
         for sink in self.sinks:
             sink.close()
+
+
+def _finished(config: PretrainConfig) -> dict[str, Any] | None:
+    """Return the result if the run folder has it; refuse a folder that does not fit `config.resume`.
+
+    Raises:
+        ValueError: for a new run in a used folder, or a resumed one in a folder without a run or with another one.
+    """
+    out = config.out
+    if not config.resume:
+        lines = out / "metrics.jsonl"
+        if checkpoint.checkpoints(out / "checkpoints") or (lines.exists() and lines.stat().st_size):
+            raise ValueError(f"{out} holds a run already: add --resume true to go on, or name another --out")
+        return None
+    if not (out / "run.json").exists() and not checkpoint.checkpoints(out / "checkpoints"):
+        raise ValueError(f"resume=true, but out={out} holds no run: correct --out, or leave --resume out")
+    record = read_json(out / "run.json") if (out / "run.json").exists() else {}
+    if "result" in record:
+        check_same_run(record["identity"], config)
+    result: dict[str, Any] | None = record.get("result")
+    return result
 
 
 def train(config: PretrainConfig, display: Display) -> dict[str, Any]:
@@ -306,11 +283,25 @@ def train(config: PretrainConfig, display: Display) -> dict[str, Any]:
         ValueError: for a configuration, data or checkpoint that cannot be used.
         Stopped: when the run ended early; what was reached is saved if it can be.
     """
-    session = Session(config, display)
+    result = _finished(config)
+    if result is not None:
+        display.note(f"{config.out} has already taken its {config.steps} steps")
+        return result
     try:
-        return session.train()
-    finally:
-        session.close()
+        trainer = Trainer(config)
+        with locked(config.out, "out"):
+            session = Session(config, trainer, display)
+            try:
+                return session.train()
+            finally:
+                session.close()
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise Stopped(
+            f"out of memory: {str(error).splitlines()[0]}. Lower micro_batch_size="
+            f"{config.micro_batch_size or config.batch_size}, data.context={config.data.context} or the model"
+        ) from error
 
 
 def help_epilog() -> str:
@@ -322,7 +313,8 @@ def pretrain(config: PretrainConfig) -> None:
     """Train a compact GPT from scratch with MoFaSGD or a baseline."""
     display = Display()
     result = train(config, display)
+    speed = "" if result["ms_per_step"] is None else f"; {result['ms_per_step']:.1f} ms per step"
     display.note(
         f"validation loss {result['validation_loss']:.4f} after {result['tokens']:,} tokens; optimizer state "
-        f"{result['optimizer_state_mb']:.2f} MB; {result['ms_per_step']:.1f} ms per step; all in {config.out}"
+        f"{result['optimizer_state_mb']:.2f} MB{speed}; all in {config.out}"
     )

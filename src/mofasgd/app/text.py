@@ -6,13 +6,15 @@ import gzip
 import hashlib
 import io
 import lzma
-import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from mofasgd.app.files import replaced
 
 Tokens = npt.NDArray[Any]
 """1-dimensional, an unsigned integer type."""
@@ -63,27 +65,31 @@ class Tokenizer:
     """Bytes, or a Hugging Face `tokenizer.json` whose tokens are cached on disk.
 
     Attributes:
-        vocab_size: number of different tokens.
-        name: what made the tokens, for the record.
+        vocab_size: bound of the token ids.
     """
 
     def __init__(self, path: Path | None, cache: Path) -> None:
         self.path, self.cache, self.vocab_size = path, cache.expanduser(), BYTES
-        self.name = "bytes"
         if path is not None:
             self._load(path)
 
     def _load(self, path: Path) -> None:
         from tokenizers import Tokenizer as Fast
 
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"data.tokenizer={path} cannot be read ({error.strerror})") from error
         try:
             self._fast = Fast.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"data.tokenizer={path} is no tokenizer.json of Hugging Face ({error})") from error
-        self.vocab_size = self._fast.get_vocab_size()
+        # Some files of the Hub carry these: text would be cut, or padding trained on.
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        # The ids may have gaps.
+        self.vocab_size = max(self._fast.get_vocab().values()) + 1
         self._key = hashlib.sha256(content).hexdigest()
-        self.name = f"{path.name} ({self.vocab_size} tokens, sha256 {self._key[:12]})"
 
     def __call__(self, content: bytes, name: str) -> Tokens:
         """Return the tokens of UTF-8 text; `name` says where it came from in errors."""
@@ -96,7 +102,10 @@ class Tokenizer:
             except (ValueError, OSError, EOFError):
                 file.unlink()  # a damaged cache is made anew
         tokens = self._encode(content, name)
-        self._store(file, tokens)
+        try:
+            self._store(file, tokens)
+        except OSError as error:
+            warnings.warn(f"data.cache={self.cache} does not take the tokens ({error})", stacklevel=2)
         return tokens
 
     def _encode(self, content: bytes, name: str) -> Tokens:
@@ -113,7 +122,5 @@ class Tokenizer:
 
     def _store(self, file: Path, tokens: Tokens) -> None:
         self.cache.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        with open(part, "wb") as out:
+        with replaced(file) as out:
             np.save(out, tokens)
-        part.replace(file)

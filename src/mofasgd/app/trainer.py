@@ -15,16 +15,18 @@ from mofasgd.app.model import GPT, token_loss
 from mofasgd.app.schedule import apply_schedule, lr_multiplier
 from mofasgd.optimizer import MoFaSGD
 
+SAMPLE = 2**20
+"""Tokens of every shard that are checked before the first step."""
+
 
 def choose_device(name: str) -> torch.device:
-    """Return the device; "auto" is the accelerator if there is one."""
+    """Return the device; "auto" is a GPU if there is one."""
     if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return torch.device("cpu") if found is None else found
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={name!r} is not usable here ({reason}): try device=auto") from error
     return device
@@ -55,8 +57,11 @@ class Trainer:
         self.device = choose_device(config.device)
         corpus, self.validation = load(config.data)
         self.fingerprint, self.train_tokens = corpus.fingerprint, corpus.tokens
-        self.windows = Windows(corpus.shards, config.data.context, config.seed)
         self.vocab_size = _vocabulary(config.model.vocab_size, corpus.vocab_size)
+        for shard in [*corpus.shards, *self.validation]:
+            # What can be wrong is mostly wrong from the start on; each batch is checked as well.
+            check_vocabulary(int(shard[:SAMPLE].max(initial=0)), self.vocab_size)
+        self.windows = Windows(corpus.shards, config.data.context, config.seed)
 
         torch.manual_seed(config.seed)
         size = config.model
@@ -84,7 +89,7 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def _to_device(self, windows: Tensor) -> Tensor:
-        check_vocabulary(windows, self.vocab_size)
+        check_vocabulary(int(windows.max()), self.vocab_size)
         if self.device.type == "cuda":
             windows = windows.pin_memory()
         return windows.to(self.device, non_blocking=True)
@@ -117,14 +122,14 @@ class Trainer:
         """Return the validation loss in nats per token."""
         config = self.config
         size = config.micro_batch_size or config.batch_size
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        count = torch.zeros((), dtype=torch.int64, device=self.device)
+        # Summed on the host: not every device has float64.
+        loss, count = 0.0, 0
         for windows in evaluation_batches(self.validation, config.data.context, size, config.eval_tokens):
             with self._autocast():
                 batch_loss, batch_count = token_loss(self.forward, self._to_device(windows))
-            loss += batch_loss
-            count += batch_count
-        return float(loss / count)
+            loss += float(batch_loss)
+            count += int(batch_count)
+        return loss / count
 
     def state(self) -> dict[str, Any]:
         """Return all that a run needs to go on, tensors and plain values only."""
