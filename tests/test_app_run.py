@@ -85,9 +85,8 @@ def test_the_printed_command_goes_on(tmp_path):
     done = int(error.split("at step ")[1].split(":")[0])
     again = [sys.executable, "-m", "mofasgd.cli", *words]
     process = subprocess.Popen(again, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    for line in process.stdout:  # the first line is of a step after the interruption
-        assert int(line.split()[1]) > done
-        break
+    assert process.stdout.readline() == f"resumed at step {done}\n"
+    assert int(process.stdout.readline().split()[1]) > done
     process.kill()
     process.communicate()
 
@@ -138,7 +137,7 @@ def test_a_kill_between_the_last_checkpoint_and_the_result(tmp_path):
 
 
 def test_resume_without_a_run_and_with_nothing_saved(tmp_path):
-    with pytest.raises(ValueError, match="resume=true, but out=.* holds no run"):
+    with pytest.raises(ValueError, match=r"resume=true, but out=.* holds no run"):
         run_quietly(tiny(tmp_path, resume=True))
     assert not (tmp_path / "run").exists()
     run_quietly(tiny(tmp_path, out=tmp_path / "whole", save_last=False))
@@ -215,7 +214,7 @@ def test_a_checkpoint_holds_the_random_state(tmp_path):
 def test_out_of_memory_is_one_line(tmp_path):
     config = tiny(tmp_path)
     config.model.vocab_size = 10**13
-    with pytest.raises(Stopped, match="out of memory: .*Lower micro_batch_size=4"):
+    with pytest.raises(Stopped, match=r"out of memory: .*Lower micro_batch_size=4"):
         run_quietly(config)
 
 

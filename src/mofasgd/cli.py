@@ -44,7 +44,14 @@ def _parser(command: str, function: Command, kind: type) -> Any:
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+    add = getattr(sys.modules[function.__module__], "help_epilog", None)
+
     class Parser(jsonargparse.ArgumentParser):
+        def format_help(self) -> str:
+            # An epilog of argparse would lose its lines.
+            text: str = super().format_help()
+            return text if add is None else f"{text}\n{add()}\n"
+
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             unknown, group = _UNKNOWN.search(message), _GROUP.search(message)
             if unknown:
@@ -55,9 +62,6 @@ def _parser(command: str, function: Command, kind: type) -> Any:
     parser = Parser(prog=f"mofasgd {command}", description=function.__doc__)
     parser.add_argument("--config", action="config", help="YAML file with the keys below; flags override it")
     parser.add_class_arguments(kind, None)
-    epilog = getattr(sys.modules[function.__module__], "help_epilog", None)
-    if epilog is not None:
-        parser.epilog = epilog()
     return parser
 
 
@@ -88,7 +92,7 @@ def _run(command: str, arguments: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit status: 0 done, 1 failed or stopped (one line why), 2 a wrong call, 130 Ctrl-C."""
+    """Run a command; return its exit status: 0 done, 1 failed or stopped, 2 wrong call, 130 Ctrl-C; a line says why."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         if command in ("-h", "--help"):

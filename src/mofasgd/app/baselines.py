@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -190,10 +191,10 @@ def build(model: GPT, config: OptimizerConfig, seed: int) -> tuple[list[Optimize
 
 def table() -> str:
     """Return the methods with their settings, one a paragraph."""
-    lines = []
+    lines = ["optimizers and the defaults of their settings:"]
     for name, method in METHODS.items():
         settings = ", ".join(f"{key} {value}" for key, value in method.defaults.items())
-        lines.append(f"{name}: {method.note}\n    {settings}")
+        lines.append(f"  {name}: {method.note}\n{textwrap.indent(textwrap.fill(settings, 90), ' ' * 6)}")
     return "\n".join(lines)
 
 
