@@ -47,9 +47,9 @@ def _parser(command: str, function: Command, kind: type) -> Any:
     add = getattr(sys.modules[function.__module__], "help_epilog", None)
 
     class Parser(jsonargparse.ArgumentParser):
-        def format_help(self) -> str:
+        def format_help(self, formatter: Any = None) -> str:
             # An epilog of argparse would lose its lines.
-            text: str = super().format_help()
+            text: str = super().format_help(formatter)
             return text if add is None else f"{text}\n{add()}\n"
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
