@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "mofasgd"
 LAYERS = [
     {"precision", "rng", "layout"},
     {"momentum", "options", "apply"},
-    {"complement", "solver", "adamw", "state", "groups"},
+    {"complement", "solver", "adamw", "state", "groups", "gradient"},
     {"factored"},
     {"optimizer"},
     {"paper"},

@@ -127,8 +127,8 @@ MUTANTS = [
     (
         "one beta for all groups of a shape",
         "optimizer.py",
-        "key = (id(group), shape, rank, param.device)",
-        "key = (shape, rank, param.device)",
+        "key = (id(group), member.shape, param.device)",
+        "key = (member.shape, param.device)",
         "test_optimizer.py::test_groups_of_equal_shapes_keep_their_own_options",
     ),
     (

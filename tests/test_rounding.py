@@ -7,7 +7,7 @@ from torch import nn
 
 from mofasgd import MoFaSGD, adamw, apply
 from mofasgd.apply import Rounding, stochastic_bfloat16
-from mofasgd.factored import start_matrices
+from mofasgd.gradient import FirstWindow
 from mofasgd.layout import MatrixShape
 from mofasgd.rng import gaussian, hash_word, hash_words, key_of, random_words
 
@@ -131,9 +131,9 @@ def test_equal_parameters_are_rounded_by_their_own_numbers():
 
 
 def test_the_starts_matrices_differ_by_seed_parameter_and_side():
-    shape = MatrixShape((), 60, 60)
-    like = torch.zeros(())
-    made = [M[:, :24] for s in (0, 1) for i in (0, 1) for M in start_matrices(s, i, shape, 8, like)]
+    shape, wide = MatrixShape((), 60, 60), (CPU, torch.float32)
+    firsts = [FirstWindow(s, i, shape, 8, torch.float32) for s in (0, 1) for i in (0, 1)]
+    made = [M[:, :24] for first in firsts for M in (first.right(*wide), first.left(*wide))]
     for i, a in enumerate(made):
         assert all(abs((a * b).mean()) < 6 / a.numel() ** 0.5 for b in made[:i])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, overload
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mofasgd.adamw import adamw_step
+from mofasgd.adamw import AdamWUpdate
 from mofasgd.apply import Rounding
 from mofasgd.factored import Context, Displacement, Member, Start, Update, displacement
+from mofasgd.gradient import DenseGradient
 from mofasgd.momentum import Factors
 from mofasgd.options import (
     Group,
@@ -24,7 +25,6 @@ from mofasgd.options import (
     check_polar,
     check_whole,
     complete,
-    number,
 )
 from mofasgd.precision import true_float32
 from mofasgd.solver import SOLVERS
@@ -220,28 +220,18 @@ class MoFaSGD(Optimizer):
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         gate = None if found_inf is None else found_inf.reshape(()) == 0
 
-        updates, vectors = self._observe(gate)
-        grads = [p.grad for _, p, _ in vectors if p.grad is not None]
-        # As AdamW will read them: float64 gradients may not fit its moments. A sum of squares in float64 is finite
-        # exactly if its float32 or bfloat16 elements are.
-        grads = [g.to(self.state_dtype) if g.dtype is torch.float64 else g for g in grads]
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads]
-        finite = [norm.isfinite() for norm in norms]
-        taken = finite if gate is None else [ok & gate.to(ok.device) for ok in finite]
-        factor = self._measure(updates, norms, taken, grad_scale)
+        updates = self._observe(gate)
+        factor = self._measure(updates, grad_scale)
         for update in updates:
             update.take(None if factor is None else factor.to(update.active.device))
-        for (index, param, group), active in zip(vectors, taken, strict=True):
-            self._step_adamw(index, param, group, active, factor)
         self._settle(updates)
-        self._count([*(update.finite for update in updates), *finite], gate)
+        self._count(updates, gate)
         return loss
 
-    def _observe(self, gate: Tensor | None) -> tuple[list[Update], list[tuple[int, Tensor, Group]]]:
-        """Return the observed factored parameters with a gradient, in batches, and the AdamW ones."""
+    def _observe(self, gate: Tensor | None) -> list[Update | AdamWUpdate]:
+        """Return the observed parameters with a gradient, the factored ones in batches."""
         context = Context(SOLVERS[self.solver], self._displace, self.seed, self.stochastic_rounding, gate)
-        updates: list[Update] = []
-        vectors: list[tuple[int, Tensor, Group]] = []
+        updates: list[Update | AdamWUpdate] = []
         buckets: dict[tuple[Any, ...], list[Member]] = {}
         assert self._pending is not None
         for index, param, group in self._parameters():
@@ -250,32 +240,35 @@ class MoFaSGD(Optimizer):
             if param.grad.is_sparse:
                 raise ValueError(f"parameter {index} has a sparse gradient: build its embedding with sparse=False")
             if group["algorithm"] == "adamw":
-                vectors.append((index, param, group))
+                state = self.state[param]
+                rounding = Rounding.of(self.stochastic_rounding, self.seed, index, state["step"])
+                updates.append(AdamWUpdate(param, group, state, rounding, gate))
                 continue
-            shape, rank = factored_shape(param, group)
-            member = Member(index, param, group, self.state[param], shape)
-            if member.state["s"].shape[-1] != rank:
-                raise ValueError(
-                    f"parameter {index} has a momentum of rank {member.state['s'].shape[-1]} but its group now says "
-                    f"{rank}: the rank of a running optimizer is fixed"
-                )
+            member = self._member(index, param, group)
             if param in self._pending:
                 updates.append(Start(member, self._pending[param], context))
             else:
-                key = (id(group), shape, rank, param.device)
+                key = (id(group), member.shape, param.device)
                 buckets.setdefault(key, []).append(member)
-        updates += [Update(members, context) for members in buckets.values()]
-        return updates, vectors
+        return updates + [Update(members, context) for members in buckets.values()]
+
+    def _member(self, index: int, param: Tensor, group: Group) -> Member:
+        assert param.grad is not None
+        shape, rank = factored_shape(param, group)
+        state = self.state[param]
+        if state["s"].shape[-1] != rank:
+            raise ValueError(
+                f"parameter {index} has a momentum of rank {state['s'].shape[-1]} but its group now says "
+                f"{rank}: the rank of a running optimizer is fixed"
+            )
+        return Member(index, param, group, state, shape, DenseGradient(param.grad, shape))
 
     def _displace(self, member: Member, before: Factors, after: Factors, active: Tensor) -> Displacement:
         return displacement(member, before, after, active)
 
-    def _measure(
-        self, updates: list[Update], norms: list[Tensor], taken: list[Tensor], grad_scale: Tensor | None
-    ) -> Tensor | None:
+    def _measure(self, updates: Sequence[Update | AdamWUpdate], grad_scale: Tensor | None) -> Tensor | None:
         """Set the gradient's norm and return the factor of all gradients (None: 1)."""
         squares = [u.square_norms.sum() for u in updates]
-        squares += [torch.where(ok, n.square(), 0.0) for n, ok in zip(norms, taken, strict=True)]
         if not squares:
             self._norm = torch.zeros((), dtype=torch.float64)
             return None
@@ -291,27 +284,18 @@ class MoFaSGD(Optimizer):
             factor = clip if factor is None else factor * clip
         return factor
 
-    def _step_adamw(self, index: int, param: Tensor, group: Group, active: Tensor, factor: Tensor | None) -> None:
-        assert param.grad is not None
-        state = self.state[param]
-        rounding = Rounding.of(self.stochastic_rounding, self.seed, index, state["step"])
-        beta1, beta2 = (number(beta) for beta in group["betas"])
-        lr, eps, decay = (number(group[key]) for key in ("lr", "eps", "weight_decay"))
-        factor = None if factor is None else factor.to(param.device)
-        control: dict[str, Any] = {"active": active, "rounding": rounding, "factor": factor}
-        adamw_step(param, param.grad, state, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay, **control)
-
-    def _count(self, finite: list[Tensor], gate: Tensor | None) -> None:
-        """Count this step if any of the flags is False, unless GradScaler has closed the gate."""
-        if not finite:
+    def _count(self, updates: Sequence[Update | AdamWUpdate], gate: Tensor | None) -> None:
+        """Count this step if any gradient was not finite, unless GradScaler has closed the gate."""
+        if not updates:
             return
+        finite = [update.finite for update in updates]
         device = finite[0].device
-        bad = ~torch.cat([flags.reshape(-1).to(device) for flags in finite]).all()
+        bad = ~torch.cat([flags.to(device) for flags in finite]).all()
         bad = bad if gate is None else bad & gate.to(device)
         before = self._nonfinite
         self._nonfinite = bad + (before.to(device) if isinstance(before, Tensor) else before)
 
-    def _settle(self, updates: list[Update]) -> None:
+    def _settle(self, updates: Sequence[Update | AdamWUpdate]) -> None:
         """Note which matrices have started. Waits for the device while any is pending."""
         assert self._pending is not None
         params = [update.members[0].param for update in updates if isinstance(update, Start)]

@@ -100,7 +100,7 @@ class AuthorsMFSGD(MoFaSGD):
 
     def _displace(self, member: Member, before: Factors, after: Factors, active: Tensor) -> Displacement:
         group = member.group
-        G = torch.where(active[:, None, None], member.gradient().to(after.U.dtype), 0.0)
+        G = torch.where(active[:, None, None], member.gradient.dense().to(after.U.dtype), 0.0)
         if member.factor is not None:
             G = G * member.factor
         U, s, V = after

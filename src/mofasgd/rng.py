@@ -20,6 +20,9 @@ ROUNDING, START_RIGHT, START_LEFT = 1, 2, 3
 _MULTIPLIERS = (0x21F0AAAD, 0xD35A2D97)
 _MASK = 0xFFFFFFFF
 
+_TILE = 1 << 20
+"""Numbers that are made at a time; bounds the temporaries, about 60 bytes each."""
+
 
 def _signed(word: int) -> int:
     return word - (1 << 32) if word & 0x80000000 else word
@@ -73,13 +76,21 @@ def random_words(key: int, step: int | Tensor, start: int, count: int, device: t
 
 
 def gaussian(rows: int, columns: int, key: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return a (rows, columns) matrix of independent, nearly normal numbers: mean 0, variance 1.
+    """Return a (rows, columns) matrix of independent, nearly normal bfloat16 numbers: mean 0, variance 1.
 
     Each is the scaled sum of the eight bytes of two random words (Irwin-Hall; excess kurtosis -0.15), because a
-    logarithm or a cosine would differ between devices in the last bit.
+    logarithm or a cosine would differ between devices in the last bit. It is rounded to bfloat16 whatever `dtype`
+    says: a layer under autocast then multiplies by the very matrix that the step inverts in float32.
     """
-    words = random_words(key, 0, 0, 2 * rows * columns, device).view(rows, columns, 2)
-    total = sum(((words >> shift) & 0xFF).sum(dim=-1) for shift in (0, 8, 16, 24))
-    assert isinstance(total, Tensor)
-    # A product, not a quotient: CUDA divides by a number through its reciprocal, which rounds otherwise than the CPU.
-    return (total - 8 * 255 // 2).to(dtype) * (1 / math.sqrt(8 * (256**2 - 1) / 12))
+    result = torch.empty(rows, columns, dtype=dtype, device=device)
+    tile = max(1, _TILE // columns)
+    for row in range(0, rows, tile):
+        part = result[row : row + tile]
+        words = random_words(key, 0, 2 * row * columns, 2 * part.numel(), device).view(*part.shape, 2)
+        total = sum(((words >> shift) & 0xFF).sum(dim=-1) for shift in (0, 8, 16, 24))
+        assert isinstance(total, Tensor)
+        # A product, not a quotient: CUDA divides by a number through its reciprocal, which rounds otherwise than the
+        # CPU.
+        value = (total - 8 * 255 // 2).to(torch.float32) * (1 / math.sqrt(8 * (256**2 - 1) / 12))
+        part.copy_(value.to(torch.bfloat16))
+    return result
