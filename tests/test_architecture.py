@@ -19,8 +19,8 @@ SOURCE = ROOT / "src" / "mofasgd"
 LAYERS = [
     {"precision", "rng", "layout"},
     {"momentum", "options", "apply"},
-    {"complement", "solver", "adamw", "state", "groups", "gradient"},
-    {"factored"},
+    {"clipping", "complement", "solver", "adamw", "state", "groups", "gradient"},
+    {"factored", "attach"},
     {"optimizer"},
     {"paper"},
     {"app"},

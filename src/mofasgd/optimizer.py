@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mofasgd.adamw import AdamWUpdate
 from mofasgd.apply import Rounding
+from mofasgd.attach import Handle
+from mofasgd.clipping import count_bad, measure
 from mofasgd.factored import Context, Displacement, Member, Start, Update, displacement
-from mofasgd.gradient import DenseGradient
+from mofasgd.gradient import DenseGradient, Gradient
 from mofasgd.momentum import Factors
 from mofasgd.options import (
     Group,
@@ -28,9 +31,18 @@ from mofasgd.options import (
 )
 from mofasgd.precision import true_float32
 from mofasgd.solver import SOLVERS
-from mofasgd.state import factored_shape, new_adamw, new_factored, restore, waiting
+from mofasgd.state import factored_shape, new_adamw, new_factored, restored, waiting
 
 _STATE_DTYPES = (torch.float32, torch.float64)
+
+
+@dataclass
+class Taken:
+    """Of the parameters that were stepped in backward: squared norms, finiteness, and which were pending."""
+
+    squares: list[Tensor] = field(default_factory=list)
+    finite: list[Tensor] = field(default_factory=list)
+    started: list[Tensor] = field(default_factory=list)
 
 
 class MoFaSGD(Optimizer):
@@ -116,6 +128,8 @@ class MoFaSGD(Optimizer):
             raise ValueError(
                 f"state_dtype={state_dtype} should be float32 or float64: bfloat16 factors lose orthonormality"
             )
+        self._handle: Handle | None = None
+        self._taken = Taken()
         self.max_grad_norm = max_grad_norm
         self.state_dtype, self.stochastic_rounding = state_dtype, stochastic_rounding
         self.solver, self.seed = solver, seed
@@ -160,6 +174,7 @@ class MoFaSGD(Optimizer):
     def max_grad_norm(self, value: float | None) -> None:
         if value is not None:
             check_number("max_grad_norm", value, 0.0, open_low=True)
+        self._refuse_clipping(value, self._handle is not None and self._handle.stepping)
         self._max_grad_norm = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -206,45 +221,54 @@ class MoFaSGD(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step with the gradients in `p.grad`, which are read only; return the closure's loss.
 
+        Of an attached parameter the step reads the sketches since the last step instead, and forgets them.
         A parameter without a gradient, or a matrix whose sketch is exactly zero, does not move, does not decay and
         keeps its momentum. A parameter whose gradient is not finite is left as it was and counted in
         `nonfinite_steps`.
         """
+        # Set by GradScaler for the time of this call.
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if self._handle is not None and not (grad_scale is None and found_inf is None):
+            raise ValueError("GradScaler cannot unscale sketches of an attached model: use bfloat16, or detach()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self.materialize()
-        # Set by GradScaler for the time of this call.
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
         gate = None if found_inf is None else found_inf.reshape(()) == 0
 
         updates = self._observe(gate)
-        factor = self._measure(updates, grad_scale)
+        squares = self._taken.squares + [update.square_norms.sum() for update in updates]
+        self._norm, factor = measure(squares, self.max_grad_norm, grad_scale)
         for update in updates:
             update.take(None if factor is None else factor.to(update.active.device))
-        self._settle(updates)
-        self._count(updates, gate)
+        finite = self._taken.finite + [update.finite for update in updates]
+        self._nonfinite = count_bad(self._nonfinite, finite, gate)
+        self._settle(self._taken.started + [u.members[0].param for u in updates if isinstance(u, Start)])
+        self._taken = Taken()
+        if self._handle is not None:
+            self._handle.next_window()
         return loss
 
     def _observe(self, gate: Tensor | None) -> list[Update | AdamWUpdate]:
         """Return the observed parameters with a gradient, the factored ones in batches."""
-        context = Context(SOLVERS[self.solver], self._displace, self.seed, self.stochastic_rounding, gate)
+        context = self._context(gate)
         updates: list[Update | AdamWUpdate] = []
         buckets: dict[tuple[Any, ...], list[Member]] = {}
         assert self._pending is not None
         for index, param, group in self._parameters():
-            if param.grad is None:
-                continue
-            if param.grad.is_sparse:
+            if param.grad is not None and param.grad.is_sparse:
                 raise ValueError(f"parameter {index} has a sparse gradient: build its embedding with sparse=False")
             if group["algorithm"] == "adamw":
-                state = self.state[param]
-                rounding = Rounding.of(self.stochastic_rounding, self.seed, index, state["step"])
-                updates.append(AdamWUpdate(param, group, state, rounding, gate))
+                if param.grad is not None:
+                    state = self.state[param]
+                    rounding = Rounding.of(self.stochastic_rounding, self.seed, index, state["step"])
+                    updates.append(AdamWUpdate(param, group, state, rounding, gate))
                 continue
             member = self._member(index, param, group)
+            if member is None:
+                continue
             if param in self._pending:
                 updates.append(Start(member, self._pending[param], context))
             else:
@@ -252,53 +276,106 @@ class MoFaSGD(Optimizer):
                 buckets.setdefault(key, []).append(member)
         return updates + [Update(members, context) for members in buckets.values()]
 
-    def _member(self, index: int, param: Tensor, group: Group) -> Member:
-        assert param.grad is not None
+    def _context(self, gate: Tensor | None) -> Context:
+        return Context(SOLVERS[self.solver], self._displace, self.seed, self.stochastic_rounding, gate)
+
+    def _member(self, index: int, param: Tensor, group: Group) -> Member | None:
+        """Return a factored parameter with what this step reads of its gradient, or None without one."""
         shape, rank = factored_shape(param, group)
+        gradient: Gradient | None = None if param.grad is None else DenseGradient(param.grad, shape)
+        if self._handle is not None and self._handle.sketches(param):
+            self._refuse_full_gradient(group)
+            gradient = self._handle.gradient(param)
+        if gradient is None:
+            return None
         state = self.state[param]
         if state["s"].shape[-1] != rank:
             raise ValueError(
                 f"parameter {index} has a momentum of rank {state['s'].shape[-1]} but its group now says "
                 f"{rank}: the rank of a running optimizer is fixed"
             )
-        return Member(index, param, group, state, shape, DenseGradient(param.grad, shape))
+        return Member(index, param, group, state, shape, gradient)
+
+    def _reads_gradient(self, group: Group) -> str | None:
+        """Return what makes the step of a group of factored parameters read G itself, or None: its sketches do."""
+        return f"complement={group['complement']}" if group["complement"] else None
+
+    def _refuse_full_gradient(self, group: Group) -> None:
+        reason = self._reads_gradient(group)
+        if reason is not None:
+            raise ValueError(
+                f"{reason} needs the full gradient, which sketching never keeps: use attach(model, mode='release', "
+                "step_in_backward=True), or do not attach"
+            )
+
+    def attach(self, model: nn.Module, mode: str = "auto", *, step_in_backward: bool = False) -> Handle:
+        """Sketch the gradients of `model`'s factored parameters during backward and keep nothing else of them.
+
+        `p.grad` stays None for these parameters, and `step()` takes the same step as without, up to rounding.
+        Gradients accumulate over backward passes until `step()` or `zero_grad()` (the model's or the optimizer's).
+
+        Args:
+            model: holds every factored parameter; each of its trainable parameters is in some group.
+            mode: "sketch" for linear and embedding layers whose gradient is then never computed; "release" sketches
+                each gradient when it is complete and frees it; "auto" sketches where possible and releases elsewhere.
+            step_in_backward: with mode="release", step each factored parameter as soon as its gradient is complete:
+                what reads the full gradient works then (`complement`). One backward per step, no `max_grad_norm`.
+
+        Returns:
+            A handle: `detach()` (or leaving its `with` block) restores the model; `print(handle)` shows the modes.
+
+        Raises:
+            ValueError: if model or optimizer is attached already, a parameter is missing in either, a mode cannot
+                serve a parameter, or an option needs a gradient that is not kept.
+        """
+        if self._handle is not None:
+            raise ValueError("this optimizer is attached already: call detach() on its handle first")
+        check_flag("step_in_backward", step_in_backward)
+        if step_in_backward and mode != "release":
+            raise ValueError(f"step_in_backward=True steps by the full gradient: use mode='release', not {mode!r}")
+        self._refuse_clipping(self.max_grad_norm, step_in_backward)
+        self._handle = Handle(model, self, mode, step_in_backward)
+        return self._handle
+
+    def _refuse_clipping(self, value: float | None, stepping: bool) -> None:
+        if value is not None and stepping:
+            raise ValueError(
+                f"max_grad_norm={value} needs the norm of all gradients before the first weight moves: drop it or "
+                "step_in_backward"
+            )
+
+    def _detached(self) -> None:
+        self._handle = None
+
+    def _waiting(self) -> dict[Tensor, list[int]]:
+        self.materialize()
+        assert self._pending is not None
+        return self._pending
+
+    def _step_in_backward(self, index: int, param: Tensor, group: Group) -> None:
+        """Take the step of one factored parameter by `param.grad`; `step()` counts it."""
+        member = self._member(index, param, group)
+        assert member is not None
+        pending = self._waiting().get(param)
+        context = self._context(None)
+        update = Start(member, pending, context) if pending else Update([member], context)
+        update.take(None)
+        self._taken.squares.append(update.square_norms.sum())
+        self._taken.finite.append(update.finite)
+        self._taken.started += [param] if pending else []
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients as in torch, and what attached layers have sketched since the last step."""
+        super().zero_grad(set_to_none)
+        if self._handle is not None:
+            self._handle.clear()
 
     def _displace(self, member: Member, before: Factors, after: Factors, active: Tensor) -> Displacement:
         return displacement(member, before, after, active)
 
-    def _measure(self, updates: Sequence[Update | AdamWUpdate], grad_scale: Tensor | None) -> Tensor | None:
-        """Set the gradient's norm and return the factor of all gradients (None: 1)."""
-        squares = [u.square_norms.sum() for u in updates]
-        if not squares:
-            self._norm = torch.zeros((), dtype=torch.float64)
-            return None
-        device = squares[0].device
-        norm = torch.stack([s.to(device) for s in squares]).sum().sqrt()
-        factor = None
-        if grad_scale is not None:
-            factor = 1 / grad_scale.reshape(()).to(device, torch.float64)
-            norm = norm * factor
-        self._norm = norm
-        if self.max_grad_norm is not None:
-            clip = (self.max_grad_norm / norm).clamp(max=1.0)
-            factor = clip if factor is None else factor * clip
-        return factor
-
-    def _count(self, updates: Sequence[Update | AdamWUpdate], gate: Tensor | None) -> None:
-        """Count this step if any gradient was not finite, unless GradScaler has closed the gate."""
-        if not updates:
-            return
-        finite = [update.finite for update in updates]
-        device = finite[0].device
-        bad = ~torch.cat([flags.to(device) for flags in finite]).all()
-        bad = bad if gate is None else bad & gate.to(device)
-        before = self._nonfinite
-        self._nonfinite = bad + (before.to(device) if isinstance(before, Tensor) else before)
-
-    def _settle(self, updates: Sequence[Update | AdamWUpdate]) -> None:
-        """Note which matrices have started. Waits for the device while any is pending."""
+    def _settle(self, params: Sequence[Tensor]) -> None:
+        """Note which matrices of `params` have started. Waits for the device if there are any."""
         assert self._pending is not None
-        params = [update.members[0].param for update in updates if isinstance(update, Start)]
         for param in params:
             del self._pending[param]
         self._pending |= waiting({param: self.state[param] for param in params})
@@ -353,32 +430,18 @@ class MoFaSGD(Optimizer):
         Raises:
             ValueError: if it does not fit this optimizer; then nothing has changed.
         """
-        restored: dict[Tensor, dict[str, Tensor]] = {}
-
-        def check(_: Optimizer, loaded: dict[str, Any]) -> None:
-            restored.update(restore(loaded, self.param_groups, self.state_dtype))
-
-        def put_back(_: Optimizer) -> None:
-            # torch has cast floating state to the dtype of the weights: bfloat16 factors would be lost factors.
-            self.state.update(restored)
-
         nonfinite = int(state_dict.get("nonfinite_steps", 0)) if isinstance(state_dict, dict) else 0
-        # Registered now, so that hooks of the user have run before ours and run after it, respectively.
-        handles = [
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(put_back, prepend=True),
-        ]
-        try:
+        with restored(self, self.state_dtype):
             super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
         self._nonfinite = self._reported = nonfinite
         self._pending = None
+        if self._handle is not None:
+            self._handle.renew()
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only groups and state; copies and pickles need the settings too.
         settings = "_max_grad_norm state_dtype stochastic_rounding solver seed _factored_defaults _adamw_defaults"
         kept = {key: self.__dict__[key] for key in (*settings.split(), "_nonfinite", "_reported", "_norm")}
         parent: dict[str, Any] = super().__getstate__()
-        return {**parent, **kept, "_pending": None}
+        # A copy is not attached: the model's layers sketch for the original.
+        return {**parent, **kept, "_pending": None, "_handle": None, "_taken": Taken()}
