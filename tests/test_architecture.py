@@ -21,6 +21,7 @@ LAYERS = [
     {"momentum", "options", "apply"},
     {"clipping", "complement", "solver", "adamw", "state", "groups", "gradient"},
     {"factored", "attach"},
+    {"base"},
     {"optimizer"},
     {"paper"},
     {"app"},

@@ -63,15 +63,15 @@ MUTANTS = [
     ),
     (
         "state in the dtype of the weight",
-        "optimizer.py",
+        "base.py",
         "return new_factored(param, shape, rank, self.state_dtype)",
         "return new_factored(param, shape, rank, param.dtype)",
         "test_state.py::test_state_is_tensors_of_the_documented_shapes_and_dtypes",
     ),
     (
         "loaded state in the dtype of the weight",
-        "optimizer.py",
-        "self.state.update(restored)",
+        "state.py",
+        "optimizer.state.update(kept)",
         "pass",
         "test_state.py::test_loading_copies_and_keeps_float32_factors_of_bfloat16_weights",
     ),

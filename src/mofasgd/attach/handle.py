@@ -257,10 +257,7 @@ class Handle:
 
 def plan(model: nn.Module, owner: Owner, mode: str, stepping: bool) -> list[Row]:
     """Return how each trainable parameter of `model` is served; arguments and errors as in `MoFaSGD.attach`."""
-    names: dict[Tensor, str] = {}
-    for name, param in model.named_parameters():
-        if param.requires_grad:
-            names[param] = name
+    names: dict[Tensor, str] = {param: name for name, param in model.named_parameters() if param.requires_grad}
     groups = {param: group for _, param, group in owner._parameters()}
     for param, name in names.items():
         if param not in groups:
@@ -268,20 +265,19 @@ def plan(model: nn.Module, owner: Owner, mode: str, stepping: bool) -> list[Row]
                 f"{name!r} of the model is trainable but the optimizer does not own it: build the groups with "
                 "mofasgd.param_groups(model), add it with add_param_group, or freeze it with requires_grad_(False)"
             )
-    for index, param, group in owner._parameters():
-        if group["algorithm"] == "mofasgd" and param.requires_grad and param not in names:
+    for index, own, group in owner._parameters():
+        if group["algorithm"] == "mofasgd" and own.requires_grad and own not in names:
             raise ValueError(
-                f"parameter {_name_of(index, param, group)} of the optimizer is not in the model: attach the module "
+                f"parameter {_name_of(index, own, group)} of the optimizer is not in the model: attach the module "
                 "that holds all of its factored parameters"
             )
     layers: dict[Tensor, list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
         if mixin_for(module) is not None:
-            for param in module.parameters(recurse=False):
-                layers.setdefault(param, []).append((path, module))
-    for param in names:
-        if groups[param]["algorithm"] == "mofasgd" and not stepping:
-            owner._refuse_full_gradient(groups[param])
+            for weight in module.parameters(recurse=False):
+                layers.setdefault(weight, []).append((path, module))
+    for factored in (p for p in names if groups[p]["algorithm"] == "mofasgd" and not stepping):
+        owner._refuse_full_gradient(groups[factored])
     return [_row(name, p, groups[p], layers.get(p, []), mode, stepping) for p, name in names.items()]
 
 

@@ -51,7 +51,8 @@ def _mixed(cls: Any, mixin: Any) -> type[nn.Module]:
 def swap_in(module: nn.Module, mixin: type[Attached], **attributes: Any) -> None:
     """Mix `mixin` into the class of `module` and set its attributes, whose names begin with "_mofasgd_"."""
     vars(module).update(attributes)
-    object.__setattr__(module, "__class__", _mixed(type(module), mixin))
+    mixed: Any = _mixed
+    object.__setattr__(module, "__class__", mixed(type(module), mixin))
 
 
 def swap_out(module: nn.Module) -> None:
