@@ -86,7 +86,7 @@ class Handle:
         self._model: nn.Module = getattr(model, "_orig_mod", model)
         self._mode, self.stepping = mode, step_in_backward
         self._owner = weakref.ref(owner)
-        self._rows: list[Row] = []
+        self.rows: list[Row] = []
         self._windows: dict[Tensor, Window] = {}
         self._hooks: dict[Tensor, tuple[ReleaseHook, RemovableHandle]] = {}
         self._bound: list[tuple[Any, ...]] = []
@@ -129,7 +129,7 @@ class Handle:
             return
         rows = plan(self._model, owner, self._mode, self.stepping)
         self._remove()
-        self._rows, self._bound, self._kept = rows, state, [p for _, p, _ in owner._parameters()]
+        self.rows, self._bound, self._kept = rows, state, [p for _, p, _ in owner._parameters()]
         self._install(owner)
 
     def _install(self, owner: Owner) -> None:
@@ -140,7 +140,7 @@ class Handle:
         pending, before = owner._waiting(), self._windows
         places = {param: (index, group) for index, param, group in owner._parameters()}
         self._windows = {}
-        for row in self._rows:
+        for row in self.rows:
             if row.mode == "p.grad":
                 continue
             index, group = places[row.param]
@@ -174,7 +174,7 @@ class Handle:
             if not param._post_accumulate_grad_hooks:
                 param._post_accumulate_grad_hooks = None  # type: ignore[assignment]
         self._hooks = {}
-        for row in self._rows:
+        for row in self.rows:
             for layer in row.layers:
                 swap_out(layer)
         swap_out(self._model)
@@ -193,7 +193,7 @@ class Handle:
     def _restore(self) -> None:
         self._remove()
         self.clear()
-        self._rows, self._windows, self._bound, self._kept = [], {}, [], []
+        self.rows, self._windows, self._bound, self._kept = [], {}, [], []
 
     def clear(self) -> None:
         """Forget the sketches of the present window, as `zero_grad` does."""
@@ -247,10 +247,10 @@ class Handle:
         self.detach()
 
     def __repr__(self) -> str:
-        if not self._rows:
+        if not self.rows:
             return "mofasgd.attach.Handle(detached)"
         table = [("parameter", "shape", "mode", "why")]
-        table += [(r.name, " x ".join(map(str, r.param.shape)) or "scalar", r.mode, r.why) for r in self._rows]
+        table += [(r.name, " x ".join(map(str, r.param.shape)) or "scalar", r.mode, r.why) for r in self.rows]
         widths = [max(len(row[i]) for row in table) for i in range(3)]
         return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[3]]) for row in table)  # noqa: B905
 

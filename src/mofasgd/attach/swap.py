@@ -6,6 +6,7 @@ bound method would make a deep copy of the model call the original, or copy the 
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from typing import Any
 
@@ -23,6 +24,9 @@ class Attached:
         recipe: Any = super().__reduce_ex__(protocol)
         function, args, state, *rest = recipe
         own = own_class(self)
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+            # What it makes must be of the object's class, pickle insists.
+            function = object.__new__
         if isinstance(state, dict):
             state = {key: value for key, value in state.items() if not key.startswith(_PREFIX)}
         return (function, tuple(own if arg is type(self) else arg for arg in args), state, *rest)
