@@ -69,7 +69,7 @@ def test_detaching_restores_the_model_exactly(mode, leave):
         step(model, opt)
 
 
-def test_a_refused_attach_changes_nothing():
+def test_a_refused_attach_changes_nothing(monkeypatch):
     model, opt = make()
     before = traces(model)
     for arguments, message in (
@@ -96,6 +96,11 @@ def test_a_refused_attach_changes_nothing():
     clipping.max_grad_norm = 1.0
     with pytest.raises(ValueError, match=r"max_grad_norm=1.0 needs the norm of all gradients"):
         clipping.attach(model, "release", step_in_backward=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        with pytest.raises(ValueError, match="attach does not sum sketches over ranks yet"):
+            opt.attach(model)
     assert traces(model) == before
     opt.attach(model)
 

@@ -92,15 +92,15 @@ MUTANTS = [
     (
         "completion columns in the tangent space",
         "momentum.py",
-        "kept = (moving(s, tol) | (s[..., :1] == 0)).to(s.dtype)",
-        "kept = torch.ones_like(s)",
+        "return moving(s, tol) | (s[..., :1] == 0)",
+        "return torch.ones_like(s, dtype=torch.bool)",
         "test_robustness.py::test_rank_one_gradients_in_new_directions_move_their_span_only_whatever_their_scale",
     ),
     (
         "a momentum of zero is dead",
         "momentum.py",
-        "kept = (moving(s, tol) | (s[..., :1] == 0)).to(s.dtype)",
-        "kept = moving(s, tol).to(s.dtype)",
+        "return moving(s, tol) | (s[..., :1] == 0)",
+        "return moving(s, tol)",
         "test_robustness.py::test_a_momentum_of_exactly_zero_is_not_dead",
     ),
     (

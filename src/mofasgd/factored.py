@@ -19,7 +19,7 @@ from mofasgd.apply import Rounding, apply_update
 from mofasgd.complement import complement_scale, normalized_complement, seen_spaces
 from mofasgd.gradient import FirstWindow, Gradient
 from mofasgd.layout import MatrixShape, as_matrices
-from mofasgd.momentum import Factors, moving, power_of_two, real_factors, sketch, tangent_square_norm
+from mofasgd.momentum import Factors, moving, power_of_two, real_columns, real_factors, sketch, tangent_square_norm
 from mofasgd.options import Group, number
 from mofasgd.solver import Solver
 
@@ -165,7 +165,7 @@ class Update:
     There are `count` parameters of b matrices each, B = count * b.
 
     Attributes:
-        stored, before: factors as in the state, and their real columns, by which the gradient is sketched.
+        stored, before: factors as in the state, and their real columns, whose sketches count.
         finite: bool (count,), whether a parameter's sketch is; after `take`, also whether its new momentum is.
         active: bool (B,), the matrices that move: finite and with a non-zero sketch.
         square_norms: (B,) float64, |Ghat|^2 of the active matrices, 0 elsewhere.
@@ -178,9 +178,10 @@ class Update:
         self.before = real_factors(*self.stored)
         # Products with G run per matrix: gradients are never stacked.
         sketches = [
-            member.gradient.sketches(self.before.U[part], self.before.V[part]) for part, member in self._parts()
+            member.gradient.sketches(self.stored.U[part], self.stored.V[part]) for part, member in self._parts()
         ]
-        GV, GtU = (torch.cat(parts) for parts in zip(*sketches, strict=True))
+        kept = real_columns(self.stored.s)[:, None, :]
+        GV, GtU = (torch.where(kept, torch.cat(parts), 0.0) for parts in zip(*sketches, strict=True))
         # A parameter is skipped as a whole, a zero slice of a stack on its own.
         self.finite = _all_finite((GV, GtU)).view(-1, self.b).all(dim=1)
         self.active = self._gated(self.finite.repeat_interleave(self.b) & _any_nonzero((GV, GtU)))

@@ -73,7 +73,7 @@ class Gradient(Protocol):
     """A factored parameter's gradient in a step, as b matrices; not scaled by clipping."""
 
     def sketches(self, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (G V, G' U) by the real columns of the stored factors, (b, m, r) and (b, n, r)."""
+        """Return (G V, G' U) by the stored factors, (b, m, r) and (b, n, r)."""
 
     def start(self, first: FirstWindow, places: Tensor | None) -> tuple[Tensor, ...]:
         """Return `first.observe` of the matrices number `places` (None: all). May be called once."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
 from mofasgd.attach.release import ReleaseHook, StepHook
@@ -60,16 +60,17 @@ class Root(Attached):
         """Follow changes of the optimizer's parameters, then call the model."""
         if self._mofasgd_handle is not None and not torch.compiler.is_compiling():
             self._mofasgd_handle.bind()
-        # A caller (torch.compile) may hold this method longer than the model is attached.
-        parent: Any = super() if isinstance(self, Root) else self
-        return parent.__call__(*args, **kwargs)
+        return self._parent().__call__(*args, **kwargs)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients and the sketches."""
-        parent: Any = super()
-        parent.zero_grad(set_to_none)
+        self._parent().zero_grad(set_to_none)
         if self._mofasgd_handle is not None:
             self._mofasgd_handle.clear()
+
+    def _parent(self) -> Any:
+        # A caller (torch.compile) may hold a method of this class longer than the model is of it.
+        return super() if isinstance(self, Root) else self
 
 
 class Handle:
@@ -93,6 +94,9 @@ class Handle:
         self._kept: list[Tensor] = []
         self._warned: set[str] = set()
         self._refuse_attached()
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            # Hooks and probes see one rank's gradient: the replicas would drift apart without a word.
+            raise ValueError("attach does not sum sketches over ranks yet: train on one process, or do not attach")
         self.bind()
         # Hooks must not outlive the optimizer: another one would never see a gradient, and nobody would say so.
         self._finalizer = weakref.finalize(owner, self._restore)

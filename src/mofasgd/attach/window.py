@@ -9,8 +9,8 @@ small, in its first the gradient itself, b m n numbers (`momentum.starts_from_gr
 ==================  =========================  =============================================
 
 All are linear in G and U, V stand still between two steps, so the sketches of micro-batches, of several uses of a
-weight and of whatever dense gradient still reaches it add up. They are by the stored U and V; the columns that
-`momentum.real_factors` would drop are dropped when a step reads the sums, which saves a copy of the factors.
+weight and of whatever dense gradient still reaches it add up. They are by all columns of the stored U and V, without
+a copy; the step drops those that are no directions of M.
 """
 
 from __future__ import annotations
@@ -132,14 +132,11 @@ class Window:
             self._start = _plus(self._start, self.first.observe(G if len(self.pending) == batch else G[self.pending]))
 
     def sketches(self, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sums of (G V, G' U) by the real columns; zeros where no matrix has a momentum."""
+        """Return the sums of (G V, G' U); zeros where no matrix has a momentum. U and V are those of the state."""
         total = _plus(self._sketches, None if self.pending else self._probed())
         if total is None:
             return torch.zeros_like(U), torch.zeros_like(V)
-        GV, GtU = (
-            torch.where((factor != 0).any(dim=-2, keepdim=True), part, 0.0)
-            for part, factor in zip(total, (V, U), strict=True)
-        )
+        GV, GtU = total
         return GV, GtU
 
     def start(self, first: FirstWindow, places: Tensor | None) -> Pair:
