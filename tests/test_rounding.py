@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from mofasgd import MoFaSGD, adamw, apply
+from mofasgd import MoFaSGD, adamw, apply, rng
 from mofasgd.apply import Rounding, stochastic_bfloat16
 from mofasgd.gradient import FirstWindow
 from mofasgd.layout import MatrixShape
@@ -128,6 +128,15 @@ def test_equal_parameters_are_rounded_by_their_own_numbers():
         p.grad = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)).bfloat16()
     opt.step()
     assert not torch.equal(*params)
+
+
+@pytest.mark.parametrize("tile", [1, 100, 10**6])
+def test_gaussian_is_exact_in_bfloat16_and_equal_in_tiles(monkeypatch, tile):
+    # A layer under autocast multiplies by the bfloat16 matrix, the step inverts the float32 one.
+    expected = gaussian(37, 11, 5, CPU, torch.float32)
+    monkeypatch.setattr(rng, "_TILE", tile)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert torch.equal(gaussian(37, 11, 5, CPU, dtype).float(), expected)
 
 
 def test_the_starts_matrices_differ_by_seed_parameter_and_side():
