@@ -9,7 +9,7 @@ from mofasgd import MoFaSGD, adamw, apply, rng
 from mofasgd.apply import Rounding, stochastic_bfloat16
 from mofasgd.gradient import FirstWindow
 from mofasgd.layout import MatrixShape
-from mofasgd.rng import gaussian, hash_word, hash_words, key_of, random_words
+from mofasgd.rng import gaussian, hash_word, hash_words, key_of, key_tensor, random_words
 
 CPU = torch.device("cpu")
 
@@ -136,13 +136,14 @@ def test_gaussian_is_exact_in_bfloat16_and_equal_in_tiles(monkeypatch, tile):
     expected = gaussian(37, 11, 5, CPU, torch.float32)
     monkeypatch.setattr(rng, "_TILE", tile)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        assert torch.equal(gaussian(37, 11, 5, CPU, dtype).float(), expected)
+        for key in (5, key_tensor([7, 5], CPU)[1]):
+            assert torch.equal(gaussian(37, 11, key, CPU, dtype).float(), expected)
 
 
 def test_the_starts_matrices_differ_by_seed_parameter_and_side():
-    shape, wide = MatrixShape((), 60, 60), (CPU, torch.float32)
+    shape = MatrixShape((), 60, 60)
     firsts = [FirstWindow(s, i, shape, 8, torch.float32) for s in (0, 1) for i in (0, 1)]
-    made = [M[:, :24] for first in firsts for M in (first.right(*wide), first.left(*wide))]
+    made = [M[:, :24] for first in firsts for M in (first.right(CPU), first.left(CPU))]
     for i, a in enumerate(made):
         assert all(abs((a * b).mean()) < 6 / a.numel() ** 0.5 for b in made[:i])
 

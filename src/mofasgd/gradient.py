@@ -47,26 +47,31 @@ class FirstWindow:
         """Columns (l, k) of Omega and Psi."""
         return init_widths(self.rank)
 
-    def right(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return the test matrix Omega (n, l)."""
-        return gaussian(self.shape.n, self.widths[0], key_of(self.seed, START_RIGHT, self.index), device, dtype)
+    @property
+    def keys(self) -> tuple[int, int]:
+        """Random keys of the test matrices Omega (n, l) and Psi (m, k), which are made where they are used."""
+        return key_of(self.seed, START_RIGHT, self.index), key_of(self.seed, START_LEFT, self.index)
 
-    def left(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return the test matrix Psi (m, k)."""
-        return gaussian(self.shape.m, self.widths[1], key_of(self.seed, START_LEFT, self.index), device, dtype)
+    def right(self, device: torch.device) -> Tensor:
+        """Return Omega (n, l)."""
+        return gaussian(self.shape.n, self.widths[0], self.keys[0], device, self.dtype)
+
+    def left(self, device: torch.device) -> Tensor:
+        """Return Psi (m, k)."""
+        return gaussian(self.shape.m, self.widths[1], self.keys[1], device, self.dtype)
 
     def observe(self, G: Tensor) -> tuple[Tensor, ...]:
         """Return what the start needs of G (p, m, n): (G,), or Y (p, m, l) and Z (p, n, k). Linear in G."""
         if self.dense:
             return (G.to(self.dtype),)
-        return init_sketch(G, self.right(G.device, self.dtype), self.left(G.device, self.dtype))
+        return init_sketch(G, self.right(G.device), self.left(G.device))
 
     def factors(self, observed: list[Tensor]) -> Factors:
         """Return the factors of M_1 from sums of what `observe` returns; finite."""
         if self.dense:
             return truncated_svd(observed[0], self.rank)
         Y, Z = observed
-        return init_factors(Y, Z, self.left(Y.device, self.dtype), self.rank)
+        return init_factors(Y, Z, self.left(Y.device), self.rank)
 
 
 class Gradient(Protocol):

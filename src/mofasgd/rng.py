@@ -8,6 +8,7 @@ last operation is 32-bit integer arithmetic, hence bit-equal on CPU, GPU and in 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -55,11 +56,17 @@ def key_of(seed: int, purpose: int, index: int) -> int:
     return key
 
 
-def random_words(key: int, step: int | Tensor, start: int, count: int, device: torch.device) -> Tensor:
+def key_tensor(keys: Sequence[int], device: torch.device) -> Tensor:
+    """Return keys for `random_words` as int32 (len(keys), 2): each with its hash, so that no code depends on them."""
+    words = [[_signed(key), _signed(hash_word(key))] for key in keys]
+    return torch.tensor(words, dtype=torch.int32, device=device)
+
+
+def random_words(key: int | Tensor, step: int | Tensor, start: int, count: int, device: torch.device) -> Tensor:
     """Return uniform int32 words for the elements start .. start + count - 1, shape (count,).
 
     Args:
-        key: from `key_of`.
+        key: from `key_of`, or a row of `key_tensor`.
         step: number of the step; a 0-dim tensor stays on its device.
         start: index of the first element; 64 bits.
         count: number of elements.
@@ -68,14 +75,15 @@ def random_words(key: int, step: int | Tensor, start: int, count: int, device: t
     if not isinstance(step, Tensor):
         step = torch.full((), step, device=device)
     # Two keys, so that two steps do not merely permute the same words.
-    first = hash_words(step.to(device, torch.int32) ^ _signed(key))
-    second = hash_words(first ^ _signed(hash_word(key)))
+    word, hashed = (_signed(key), _signed(hash_word(key))) if isinstance(key, int) else key.unbind()
+    first = hash_words(step.to(device, torch.int32) ^ word)
+    second = hash_words(first ^ hashed)
     elements = torch.arange(start, start + count, dtype=torch.int64, device=device)
     low, high = elements.to(torch.int32), (elements >> 32).to(torch.int32)
     return hash_words(hash_words(low ^ first) ^ high ^ second)
 
 
-def gaussian(rows: int, columns: int, key: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def gaussian(rows: int, columns: int, key: int | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return a (rows, columns) matrix of independent, nearly normal bfloat16 numbers: mean 0, variance 1.
 
     Each is the scaled sum of the eight bytes of two random words (Irwin-Hall; excess kurtosis -0.15), because a

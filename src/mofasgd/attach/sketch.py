@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mofasgd.attach.swap import Attached, own_class
 from mofasgd.attach.window import Window
-from mofasgd.gradient import FirstWindow
+from mofasgd.rng import gaussian
 
 
 def _same(y: Tensor) -> Tensor:
@@ -39,8 +39,16 @@ def _refuse_double_backward(name: str) -> None:
         )
 
 
+def _factor(stored: Tensor | None, keys: Tensor, side: int, shape: tuple[int, int], delta: Tensor) -> Tensor:
+    """Return V (side 0) or U (side 1), or the test matrix of the first window, which is made here and not kept."""
+    return gaussian(*shape, keys[side], delta.device, delta.dtype) if stored is None else stored
+
+
 class _LinearSketch(torch.autograd.Function):
-    """Identity on y = x W' + b (..., m); gradients (m, .) and (n, .) of the probes are the sketches."""
+    """Identity on y = x W' + b (..., m); gradients (m, .) and (n, .) of the probes are the sketches.
+
+    With U, V or, while the parameter has no momentum, the keys of the test matrices; the other is None.
+    """
 
     @staticmethod
     def forward(
@@ -51,22 +59,25 @@ class _LinearSketch(torch.autograd.Function):
         left: Tensor,
         U: Tensor | None,
         V: Tensor | None,
-        first: FirstWindow | None,
+        keys: Tensor | None,
         name: str,
     ) -> Tensor:
         # Under autocast this is the copy that torch's own layer would save.
-        ctx.save_for_backward(x.to(y.dtype), U, V)
-        ctx.first, ctx.name, ctx.dtype = first, name, right.dtype
+        ctx.save_for_backward(x.to(y.dtype), U, V, keys)
+        ctx.widths, ctx.dtype, ctx.name = (right.shape[1], left.shape[1]), right.dtype, name
         return _same(y)
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_double_backward(ctx.name)
-        x, U, V = ctx.saved_tensors
+        x, U, V, keys = ctx.saved_tensors
         x, d = x.reshape(-1, x.shape[-1]), delta.reshape(-1, delta.shape[-1])
-        # The test matrices of the first window are made here, one at a time, and not kept.
-        GV = d.mT @ (x @ (ctx.first.right(d.device, d.dtype) if V is None else V))
-        GtU = x.mT @ (d @ (ctx.first.left(d.device, d.dtype) if U is None else U))
+        V = _factor(V, keys, 0, (x.shape[1], ctx.widths[0]), d)
+        GV = d.mT @ (x @ V)
+        # Before U is made: of the first window's matrices there is one at a time.
+        del V
+        U = _factor(U, keys, 1, (d.shape[1], ctx.widths[1]), d)
+        GtU = x.mT @ (d @ U)
         return (delta if ctx.needs_input_grad[0] else None), None, GV.to(ctx.dtype), GtU.to(ctx.dtype), *[None] * 4
 
 
@@ -82,25 +93,25 @@ class _EmbeddingSketch(torch.autograd.Function):
         left: Tensor,
         U: Tensor | None,
         V: Tensor | None,
-        first: FirstWindow | None,
+        keys: Tensor | None,
         name: str,
         padding: int,
     ) -> Tensor:
-        ctx.save_for_backward(ids, U, V)
-        ctx.first, ctx.name, ctx.padding = first, name, padding
-        ctx.rows, ctx.dtype = right.shape[0], right.dtype
+        ctx.save_for_backward(ids, U, V, keys)
+        ctx.widths, ctx.dtype, ctx.name = (right.shape[1], left.shape[1]), right.dtype, name
+        ctx.rows, ctx.padding = right.shape[0], padding
         return _same(y)
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_double_backward(ctx.name)
-        ids, U, V = ctx.saved_tensors
+        ids, U, V, keys = ctx.saved_tensors
         ids, d = ids.reshape(-1), delta.reshape(-1, delta.shape[-1])
-        dV = (d @ (ctx.first.right(d.device, d.dtype) if V is None else V)).to(ctx.dtype)
+        dV = (d @ _factor(V, keys, 0, (d.shape[1], ctx.widths[0]), d)).to(ctx.dtype)
         # torch's own sum over equal indices, as deterministic as a dense embedding's.
         GV = torch.ops.aten.embedding_dense_backward.default(dV, ids, ctx.rows, ctx.padding, False)
-        rows = (ctx.first.left(d.device, d.dtype) if U is None else U)[ids]
-        GtU = d.mT @ torch.where((ids == ctx.padding)[:, None], 0.0, rows)
+        U = _factor(U, keys, 1, (ctx.rows, ctx.widths[1]), d)
+        GtU = d.mT @ torch.where((ids == ctx.padding)[:, None], 0.0, U[ids])
         return (delta if ctx.needs_input_grad[0] else None), None, GV, GtU.to(ctx.dtype), *[None] * 5
 
 

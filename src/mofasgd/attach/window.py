@@ -23,6 +23,7 @@ from torch import Tensor
 from mofasgd.gradient import FirstWindow
 from mofasgd.layout import as_matrices
 from mofasgd.momentum import sketch
+from mofasgd.rng import key_tensor
 
 Pair = tuple[Tensor, ...]
 
@@ -47,6 +48,7 @@ class Window:
         probed: whether layers sketch it (a 2-D weight then), or its dense gradients only.
         pending: numbers of the matrices without a momentum.
         probes: zeros (m, .) and (n, .) whose `.grad` autograd makes the sketches, or None: dense gradients only.
+        keys: of the test matrices while layers sketch by them, on the device (`rng.key_tensor`).
         ran: whether a layer has put the probes into a graph since the last step.
     """
 
@@ -55,6 +57,7 @@ class Window:
     ) -> None:
         self.name, self.param, self.state, self.first, self.probed = name, param, state, first, probed
         self.probes: tuple[Tensor, Tensor] | None = None
+        self.keys: Tensor | None = None
         self._casts: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self.open(pending)
 
@@ -66,10 +69,14 @@ class Window:
     def open(self, pending: list[int]) -> None:
         """Begin a window in which the matrices number `pending` have no momentum."""
         self.pending = pending
+        if not pending:
+            self.keys = None
         shape = self.first.shape
         if not self.probed or (pending and self.first.dense):
             self.probes = None
         else:
+            if pending and self.keys is None:
+                self.keys = key_tensor(self.first.keys, self.param.device)
             right, left = self.first.widths if pending else (self.first.rank, self.first.rank)
             if self.probes is None or self.probes[0].shape[1] != right:
                 device = self.param.device
@@ -95,23 +102,26 @@ class Window:
         return tuple(probe.grad[None] for probe in self.probes if probe.grad is not None)
 
     def operands(self, dtype: torch.dtype) -> tuple[Any, ...]:
-        """Return (right probe, left probe, U, V, None, name), or the same with (None, None, first) while pending.
+        """Return (right probe, left probe, U, V, None, name), or the same with (None, None, keys) while pending.
 
-        U (m, r) and V (n, r) come in `dtype`, the layer's own, cast once per step.
+        U (m, r) and V (n, r) come in `dtype`, the layer's own, cast once per step; `keys` are `first`'s, on the device.
+        A compiled graph casts them itself, and must not hold what would make it another one for each layer.
         """
         assert self.probes is not None
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             self.ran = True
-        if self.pending:
-            return *self.probes, None, None, self.first, self.name
+        name = "a compiled layer" if compiling else self.name
+        if self.keys is not None:
+            return *self.probes, None, None, self.keys, name
         U, V = self.state["U"], self.state["V"]
-        if dtype is not U.dtype and torch.compiler.is_compiling():
+        if dtype is not U.dtype and compiling:
             U, V = U.to(dtype), V.to(dtype)
         elif dtype is not U.dtype:
             if dtype not in self._casts:
                 self._casts[dtype] = (U.to(dtype), V.to(dtype))
             U, V = self._casts[dtype]
-        return *self.probes, U, V, None, self.name
+        return *self.probes, U, V, None, name
 
     def casts(self) -> list[tuple[Tensor, Tensor]]:
         """Return (copy, original) of the factors that were cast.
