@@ -306,3 +306,15 @@ def test_double_backward_through_a_sketch_is_refused_and_released_gradients_allo
         g.square().sum().backward()
         opt.step()
         assert opt.state[model.first.weight]["initialized"]
+
+
+def test_weights_put_in_place_of_the_attached_ones_get_their_own_gradients():
+    model, opt, handle = model_and_optimizer()
+    x = torch.randn(9, N)
+    others = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    squares(lambda x: torch.func.functional_call(model, others, (x,)), x).backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert all(window.empty for window in windows(handle).values())
+    squares(model, x).backward()
+    opt.step()
+    assert all((p.grad is None) is name.startswith("body.unused") for name, p in others.items())

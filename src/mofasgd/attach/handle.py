@@ -58,7 +58,7 @@ class Root(Attached):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Follow changes of the optimizer's parameters, then call the model."""
-        if self._mofasgd_handle is not None and not torch.compiler.is_compiling():
+        if self._mofasgd_handle is not None and not torch.compiler.is_compiling() and torch.is_grad_enabled():
             self._mofasgd_handle.bind()
         return self._parent().__call__(*args, **kwargs)
 
@@ -78,6 +78,10 @@ class Handle:
 
     `str()` is a table of the parameters: name, shape, mode and why. Modes are "sketch" and "release" as in
     `MoFaSGD.attach`, "step" for release with step_in_backward, and "p.grad" for what AdamW trains.
+
+    Attributes:
+        rows: the table, a `Row` for each trainable parameter.
+        stepping: whether factored parameters are stepped during backward.
     """
 
     def __init__(self, model: nn.Module, owner: Owner, mode: str, step_in_backward: bool) -> None:
