@@ -390,6 +390,27 @@ MUTANTS = [
         "torch.cat(parts)",
         "test_robustness.py::test_rank_one_gradients_in_new_directions_move_their_span_only_whatever_their_scale",
     ),
+    (
+        "both sides by one test matrix",
+        "attach/sketch.py",
+        "gaussian(*shape, keys[side], delta",
+        "gaussian(*shape, keys[0], delta",
+        "test_attach_layers.py::test_attached_training_is_dense_training[plain-auto]",
+    ),
+    (
+        "a graph for each compiled layer",
+        "attach/window.py",
+        'name = "a compiled layer" if compiling else self.name',
+        "name = self.name",
+        "test_attach.py::test_compiled_models_have_no_graph_break_and_train_as_uncompiled_ones",
+    ),
+    (
+        "other weights in place of the attached ones are sketched",
+        "attach/sketch.py",
+        "or weight is not window.param ",
+        "",
+        "test_attach_layers.py::test_weights_put_in_place_of_the_attached_ones_get_their_own_gradients",
+    ),
 ]
 
 
