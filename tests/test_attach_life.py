@@ -101,6 +101,11 @@ def test_a_refused_attach_changes_nothing(monkeypatch):
         patch.setattr(torch.distributed, "get_world_size", lambda: 2)
         with pytest.raises(ValueError, match="attach does not sum sketches over ranks yet"):
             opt.attach(model)
+    with opt.attach(model), monkeypatch.context() as patch:
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        with pytest.raises(ValueError, match="attach does not sum sketches over ranks yet"):
+            step(model, opt)
     assert traces(model) == before
     opt.attach(model)
 
@@ -259,6 +264,29 @@ def test_binding_again_keeps_what_the_window_has_gathered():
     assert torch.equal(*results)
 
 
+def test_binding_again_does_not_forget_that_a_weight_has_moved():
+    model, opt = make()
+    opt.attach(model, "release", step_in_backward=True)
+    step(model, opt)
+    tokens = torch.randint(0, VOCABULARY, (2, 17))
+    gpt_loss(model, tokens).backward()
+    model.blocks[0].up.weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"a second gradient of 'head.weight'"):
+        gpt_loss(model, tokens).backward()
+
+
+def test_an_old_handle_does_not_touch_a_new_attachment():
+    model, opt = make()
+    old = opt.attach(model)
+    old.detach()
+    opt.attach(model)
+    attached = traces(model)
+    old.detach()
+    assert traces(model) == attached
+    with pytest.raises(ValueError, match="attached already"):
+        opt.attach(model)
+
+
 def test_a_gradient_from_before_attaching_is_part_of_the_window():
     start, tokens = GPT(), torch.randint(0, VOCABULARY, (2, 2, 17))
     results = []
@@ -280,13 +308,12 @@ def test_a_graph_kept_over_a_step_raises_instead_of_sketching_by_new_factors():
     layer = nn.Linear(60, 50, bias=False)
     opt = MoFaSGD(layer.parameters(), rank=2)
     opt.attach(layer)
-    x = torch.randn(9, 60).bfloat16()
-    for dtype in (torch.float32, torch.bfloat16):
-        for _ in range(2):
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-                loss = layer(x.to(dtype)).square().mean()
-            loss.backward(retain_graph=True)
-            opt.step()
+    x = torch.randn(9, 60)
+    for autocast in (False, False, True):  # the first window, by the factors, by their casts
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = layer(x).square().mean()
+        loss.backward(retain_graph=True)
+        opt.step()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 

@@ -337,7 +337,7 @@ MUTANTS = [
     (
         "four updates instead of one",
         "attach/release.py",
-        "        if self.done:\n",
+        "        if self.window.stepped:\n",
         "        if False:\n",
         "test_attach.py::test_a_second_backward_raises_when_the_weights_have_moved",
     ),

@@ -93,14 +93,11 @@ class Handle:
         self._owner = weakref.ref(owner)
         self.rows: list[Row] = []
         self._windows: dict[Tensor, Window] = {}
-        self._hooks: dict[Tensor, tuple[ReleaseHook, RemovableHandle]] = {}
+        self._hooks: dict[Tensor, RemovableHandle] = {}
         self._bound: list[tuple[Any, ...]] = []
         self._kept: list[Tensor] = []
         self._warned: set[str] = set()
         self._refuse_attached()
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            # Hooks and probes see one rank's gradient: the replicas would drift apart without a word.
-            raise ValueError("attach does not sum sketches over ranks yet: train on one process, or do not attach")
         self.bind()
         # Hooks must not outlive the optimizer: another one would never see a gradient, and nobody would say so.
         self._finalizer = weakref.finalize(owner, self._restore)
@@ -131,6 +128,9 @@ class Handle:
         owner = self._owner()
         if owner is None:
             return
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            # Hooks and probes see one rank's gradient: the replicas would drift apart without a word.
+            raise ValueError("attach does not sum sketches over ranks yet: train on one process, or do not attach")
         # Comparing numbers is what every forward pays; holding the parameters keeps the numbers theirs.
         state = [(id(p), p.device, p.requires_grad) for _, p, _ in owner._parameters()]
         if state == self._bound:
@@ -142,7 +142,7 @@ class Handle:
 
     def _install(self, owner: Owner) -> None:
         for _, param, _ in owner._parameters():
-            own = owner.state[param]
+            own = owner.state.get(param, {})
             if any(value.device != param.device for value in own.values()):
                 owner.state[param] = {key: value.to(param.device) for key, value in own.items()}
         pending, before = owner._waiting(), self._windows
@@ -164,7 +164,7 @@ class Handle:
                 # A gradient from before: the first half of this window.
                 hook(row.param)
             register: Any = row.param.register_post_accumulate_grad_hook
-            self._hooks[row.param] = (hook, register(hook))
+            self._hooks[row.param] = register(hook)
             for layer in row.layers:
                 mixin = mixin_for(layer)
                 assert mixin is not None
@@ -177,7 +177,7 @@ class Handle:
         owner._step_in_backward(index, param, group)
 
     def _remove(self) -> None:
-        for param, (_, removable) in self._hooks.items():
+        for param, removable in self._hooks.items():
             removable.remove()
             if not param._post_accumulate_grad_hooks:
                 param._post_accumulate_grad_hooks = None  # type: ignore[assignment]
@@ -192,7 +192,8 @@ class Handle:
 
         Sketches of an unfinished window are dropped, and gradients come to `p.grad` again.
         """
-        self._finalizer.detach()
+        if self._finalizer.detach() is None:
+            return
         self._restore()
         owner = self._owner()
         if owner is not None:
@@ -224,9 +225,6 @@ class Handle:
             casts += window.casts()
         if casts:
             torch._foreach_copy_([copy for copy, _ in casts], [original for _, original in casts])
-        for hook, _ in self._hooks.values():
-            if isinstance(hook, StepHook):
-                hook.done = False
 
     def gradient(self, param: Tensor) -> Window | None:
         """Return what this window has gathered of a parameter, `p.grad` included if somebody has set it; else None."""

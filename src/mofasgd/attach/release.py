@@ -39,7 +39,6 @@ class StepHook(ReleaseHook):
     def __init__(self, window: Window, step: Callable[[int, Tensor, Group], None], index: int, group: Group) -> None:
         super().__init__(window)
         self._step, self._index, self._group = step, index, group
-        self.done = False
 
     @torch.no_grad()
     def __call__(self, param: Tensor) -> None:
@@ -50,12 +49,12 @@ class StepHook(ReleaseHook):
         """
         if param.grad is None:
             return
-        if self.done:
+        if self.window.stepped:
             raise RuntimeError(
                 f"a second gradient of {self.window.name!r} before step(): with step_in_backward=True the weight has "
                 "already moved by the first, so micro-batches (or a weight used in two reentrant checkpoints) would "
                 "take several steps instead of one. Use one backward per step, or attach without step_in_backward"
             )
-        self.done = True
+        self.window.stepped = True
         self._step(self._index, param, self._group)
         param.grad = None

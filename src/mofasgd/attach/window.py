@@ -49,6 +49,7 @@ class Window:
         pending: numbers of the matrices without a momentum.
         probes: zeros (m, .) and (n, .) whose `.grad` autograd makes the sketches, or None: dense gradients only.
         keys: of the test matrices while layers sketch by them, on the device (`rng.key_tensor`).
+        stepped: whether the parameter has been stepped in backward since the last step.
         ran: whether a layer has put the probes into a graph since the last step.
     """
 
@@ -68,8 +69,10 @@ class Window:
 
     def open(self, pending: list[int]) -> None:
         """Begin a window in which the matrices number `pending` have no momentum."""
-        self.pending = pending
-        if not pending:
+        self.pending, self.stepped = pending, False
+        if not pending and self.keys is not None:
+            # A graph kept from the first window then raises; its sketches would go to probes that nobody reads.
+            self.keys.zero_()
             self.keys = None
         shape = self.first.shape
         if not self.probed or (pending and self.first.dense):
