@@ -2,10 +2,12 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from attached import GPT, VOCABULARY, distance, gpt_loss, train
+from common import NoReadback
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -209,6 +211,19 @@ def test_a_gradient_set_by_hand_counts_and_stays():
             opt.step()
         assert W.weight.grad is G
     assert (W.weight - twin.weight).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("arguments", [("auto",), ("release",), ("release", True)])
+def test_training_reads_nothing_back_once_no_matrix_is_pending(arguments):
+    model = GPT()
+    clip = None if arguments[1:] else 1.0
+    opt = MoFaSGD(param_groups(model, rank=4, lr=torch.tensor(0.02), factor=ALL), max_grad_norm=clip)
+    opt.attach(model, arguments[0], step_in_backward=bool(arguments[1:]))
+    for watch in (False, False, False, True):
+        with NoReadback() if watch else nullcontext():
+            gpt_loss(model, torch.randint(0, VOCABULARY, (2, 17))).backward()
+            opt.step()
+            opt.zero_grad()
 
 
 def test_a_layer_that_ran_in_vain_is_warned_of_once_by_name():

@@ -163,9 +163,9 @@ class MoFaSGD(FactoredOptimizer):
         keeps its momentum. A parameter whose gradient is not finite is left as it was and counted in
         `nonfinite_steps`.
         """
-        # Set by GradScaler for the time of this call.
+        # Set by GradScaler for the time of this call; without any gradient, found_inf is the int 0.
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        found_inf: Tensor | int | None = getattr(self, "found_inf", None)
         if self._handle is not None and not (grad_scale is None and found_inf is None):
             raise ValueError("GradScaler cannot unscale sketches of an attached model: use bfloat16, or detach()")
         loss = None
@@ -173,7 +173,7 @@ class MoFaSGD(FactoredOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self.materialize()
-        gate = None if found_inf is None else found_inf.reshape(()) == 0
+        gate = found_inf.reshape(()) == 0 if isinstance(found_inf, Tensor) else None
 
         updates = self._observe(gate)
         squares = self._taken.squares + [update.square_norms.sum() for update in updates]
