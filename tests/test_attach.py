@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -94,6 +95,60 @@ def test_the_first_window_keeps_its_sketches_and_no_test_matrices():
         assert sum(t.untyped_storage().nbytes() for t in [*held, *window.probes]) <= 24  # keys, and two zeros
     opt.step()
     assert all([tuple(p.shape) for p in w.probes] == [(256, 4)] * 2 for w in handle._windows.values())
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the storages that operators have made and that are still alive."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.live, self.peak, self.seen = 0, 0, {t.untyped_storage()._cdata for t in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(result):
+            storage = t.untyped_storage() if isinstance(t, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.seen:
+                self.seen.add(storage._cdata)
+                self.count(storage.nbytes())
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        return result
+
+    def count(self, size):
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def forget(self, key, size):
+        self.seen.discard(key)
+        self.live -= size
+
+    def rise(self, work):
+        self.peak = before = self.live
+        work()
+        return self.peak - before
+
+
+def test_the_first_window_needs_no_more_than_its_sketches_and_one_layers_temporaries(monkeypatch):
+    layers, width, rank = 12, 256, 8
+    monkeypatch.setattr("mofasgd.rng._TILE", 1000)
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+    opt = MoFaSGD(param_groups(model, rank=rank, lr=0.02))
+    opt.attach(model)
+    opt.materialize()
+    backward, window = [], []
+    with Live([*model.parameters(), *(t for own in opt.state.values() for t in own.values())]) as live:
+        for _ in range(2):
+            before = live.live
+            backward.append(live.rise(lambda: model(torch.randn(9, width)).square().mean().backward()))
+            live.rise(opt.step)
+            window.append(live.peak - before)
+            opt.zero_grad()
+    sketches = 4 * width * (2 * rank + 8 + 4 * rank + 17)
+    later = 4 * width * 2 * rank
+    # One layer's test matrix and its temporaries, in float32.
+    assert backward[0] - backward[1] <= layers * (sketches - later) + 2 * sketches
+    # The step gives sketches back one by one as it makes the momenta.
+    assert window[0] <= window[1]
 
 
 def test_modes_may_change_between_any_two_steps_and_runs_resume_from_a_state_dict():

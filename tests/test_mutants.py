@@ -411,6 +411,20 @@ MUTANTS = [
         "",
         "test_attach_layers.py::test_weights_put_in_place_of_the_attached_ones_get_their_own_gradients",
     ),
+    (
+        "the first window's sketches are held through the step",
+        "attach/window.py",
+        "        assert total is not None\n        self.clear()\n",
+        "        assert total is not None\n",
+        "test_attach.py::test_the_first_window_needs_no_more_than_its_sketches_and_one_layers_temporaries",
+    ),
+    (
+        "an old handle detaches a new one",
+        "attach/handle.py",
+        "        if self._finalizer.detach() is None:\n            return\n",
+        "        self._finalizer.detach()\n",
+        "test_attach_life.py::test_an_old_handle_does_not_touch_a_new_attachment",
+    ),
 ]
 
 

@@ -22,7 +22,7 @@ _MULTIPLIERS = (0x21F0AAAD, 0xD35A2D97)
 _MASK = 0xFFFFFFFF
 
 _TILE = 1 << 20
-"""Numbers that are made at a time; bounds the temporaries, about 60 bytes each."""
+"""Numbers that are made at a time; bounds the temporaries, which are several times as large."""
 
 
 def _signed(word: int) -> int:
