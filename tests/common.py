@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 F64 = {"state_dtype": torch.float64}
 
@@ -24,3 +25,15 @@ def run(opt, params, grads):
         for p, value in zip(params, g if isinstance(g, tuple) else (g,), strict=True):
             p.grad = torch.as_tensor(value).to(p.dtype)
         opt.step()
+
+
+class NoReadback(TorchFunctionMode):
+    """Fail on every method by which a tensor's value reaches the host."""
+
+    NAMES = frozenset(
+        {"item", "tolist", "numpy", "cpu", "nonzero"} | {f"__{n}__" for n in ("bool", "int", "float", "index")}
+    )
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert getattr(func, "__name__", "") not in self.NAMES, func
+        return func(*args, **(kwargs or {}))

@@ -19,8 +19,9 @@ SOURCE = ROOT / "src" / "mofasgd"
 LAYERS = [
     {"precision", "rng", "layout"},
     {"momentum", "options", "apply"},
-    {"complement", "solver", "adamw", "state", "groups"},
-    {"factored"},
+    {"clipping", "complement", "solver", "adamw", "state", "groups", "gradient"},
+    {"factored", "attach"},
+    {"base"},
     {"optimizer"},
     {"paper"},
     {"app"},

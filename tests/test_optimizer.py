@@ -7,10 +7,9 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from common import F64, gradients, run, weight
+from common import F64, NoReadback, gradients, run, weight
 from reference import DenseMoFaSGD, polar
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from mofasgd import MoFaSGD, momentum, param_groups
 from mofasgd.paper import AuthorsMFSGD
@@ -312,16 +311,13 @@ def test_an_overflow_anywhere_gates_adamw_parameters_too():
     assert opt.nonfinite_steps == 0
 
 
-class NoReadback(TorchFunctionMode):
-    """Fail on every method by which a tensor's value reaches the host."""
-
-    NAMES = frozenset(
-        {"item", "tolist", "numpy", "cpu", "nonzero"} | {f"__{n}__" for n in ("bool", "int", "float", "index")}
-    )
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        assert getattr(func, "__name__", "") not in self.NAMES, func
-        return func(*args, **(kwargs or {}))
+def test_gradscaler_may_step_without_any_gradient():
+    W = weight(9, 7)
+    before = W.detach().clone()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    scaler.step(MoFaSGD([W], rank=2))
+    assert torch.equal(W, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

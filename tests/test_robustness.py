@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from reference import truncate
+from reference import tangent, truncate
 from torch import nn
 
 from mofasgd import MoFaSGD
@@ -229,7 +229,11 @@ def test_rank_one_gradients_in_new_directions_move_their_span_only_whatever_thei
     left, right = rng.standard_normal((shape[0], 4)), rng.standard_normal((shape[1], 4))
     for i in range(4):
         G = np.outer(left[:, i], right[:, i])
+        U, sizes, Vh = np.linalg.svd(opts[0].momentum(plain).double().numpy())
+        U, V = U[:, : (sizes > 1e-5 * sizes[0]).sum()], Vh[: (sizes > 1e-5 * sizes[0]).sum()].T
         one, two = step(opts[0], plain, G), step(opts[1], scaled, 3e25 * G)
+        norm = np.linalg.norm(tangent(G, U, V) if i else G)
+        assert opts[0].grad_norm().item() == pytest.approx(norm, rel=1e-4)
         Q, P = np.linalg.qr(left[:, : i + 1])[0], np.linalg.qr(right[:, : i + 1])[0]
         D = one.double().numpy()
         assert np.abs(D - Q @ (Q.T @ D)).max() <= 1e-5

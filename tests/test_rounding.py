@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from mofasgd import MoFaSGD, adamw, apply
+from mofasgd import MoFaSGD, adamw, apply, rng
 from mofasgd.apply import Rounding, stochastic_bfloat16
-from mofasgd.factored import start_matrices
+from mofasgd.gradient import FirstWindow
 from mofasgd.layout import MatrixShape
-from mofasgd.rng import gaussian, hash_word, hash_words, key_of, random_words
+from mofasgd.rng import gaussian, hash_word, hash_words, key_of, key_tensor, random_words
 
 CPU = torch.device("cpu")
 
@@ -130,10 +130,20 @@ def test_equal_parameters_are_rounded_by_their_own_numbers():
     assert not torch.equal(*params)
 
 
+@pytest.mark.parametrize("tile", [1, 100, 10**6])
+def test_gaussian_is_exact_in_bfloat16_and_equal_in_tiles(monkeypatch, tile):
+    # A layer under autocast multiplies by the bfloat16 matrix, the step inverts the float32 one.
+    expected = gaussian(37, 11, 5, CPU, torch.float32)
+    monkeypatch.setattr(rng, "_TILE", tile)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for key in (5, key_tensor([7, 5], CPU)[1]):
+            assert torch.equal(gaussian(37, 11, key, CPU, dtype).float(), expected)
+
+
 def test_the_starts_matrices_differ_by_seed_parameter_and_side():
     shape = MatrixShape((), 60, 60)
-    like = torch.zeros(())
-    made = [M[:, :24] for s in (0, 1) for i in (0, 1) for M in start_matrices(s, i, shape, 8, like)]
+    firsts = [FirstWindow(s, i, shape, 8, torch.float32) for s in (0, 1) for i in (0, 1)]
+    made = [M[:, :24] for first in firsts for M in (first.right(CPU), first.left(CPU))]
     for i, a in enumerate(made):
         assert all(abs((a * b).mean()) < 6 / a.numel() ** 0.5 for b in made[:i])
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mofasgd.apply import TILE, Rounding
+from mofasgd.options import Group, number
 
 Scalar = float | Tensor
 """A number, or a 0-dim tensor."""
@@ -58,6 +59,45 @@ def adamw_step(
         value = p.to(compute).mul_(keep).sub_(torch.where(active, update, 0.0))
         if p.dtype is not compute:
             rounding.write(p, value, start)
+
+
+class AdamWUpdate:
+    """One AdamW parameter in a step, in the two phases of `factored.Update`.
+
+    Attributes:
+        finite: bool (1,), whether its gradient is.
+        active: bool (1,), whether it moves.
+        square_norms: (1,) float64, |g|^2, 0 where it does not move.
+    """
+
+    def __init__(self, param: Tensor, group: Group, state: dict[str, Tensor], rounding: Rounding, gate: Tensor | None):
+        """Measure `param.grad`; `gate` is a 0-dim bool tensor or None, False skips the step."""
+        assert param.grad is not None
+        self.param, self.grad, self.group, self.state, self.rounding = param, param.grad, group, state, rounding
+        # As the step will read it: a float64 gradient may not fit the moments. A sum of squares in float64 is finite
+        # exactly if its float32 or bfloat16 elements are.
+        moment = state["exp_avg"].dtype
+        seen = self.grad.to(moment) if self.grad.dtype is torch.float64 else self.grad
+        norm = torch.linalg.vector_norm(seen, dtype=torch.float64).reshape(1)
+        self.finite = norm.isfinite()
+        self.active = self.finite if gate is None else self.finite & gate.to(norm.device)
+        self.square_norms = torch.where(self.active, norm.square(), 0.0)
+
+    def take(self, factor: Tensor | None) -> None:
+        """Advance moments and weight; `factor` (0-dim) scales the gradient."""
+        beta1, beta2 = (number(beta) for beta in self.group["betas"])
+        adamw_step(
+            self.param,
+            self.grad,
+            self.state,
+            lr=number(self.group["lr"]),
+            betas=(beta1, beta2),
+            eps=number(self.group["eps"]),
+            weight_decay=number(self.group["weight_decay"]),
+            factor=factor,
+            active=self.active.reshape(()),
+            rounding=self.rounding,
+        )
 
 
 def _tiles(*tensors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:

@@ -17,22 +17,10 @@ from torch import Tensor
 
 from mofasgd.apply import Rounding, apply_update
 from mofasgd.complement import complement_scale, normalized_complement, seen_spaces
+from mofasgd.gradient import FirstWindow, Gradient
 from mofasgd.layout import MatrixShape, as_matrices
-from mofasgd.momentum import (
-    Factors,
-    init_factors,
-    init_sketch,
-    init_widths,
-    moving,
-    power_of_two,
-    real_factors,
-    sketch,
-    starts_from_gradient,
-    tangent_square_norm,
-    truncated_svd,
-)
+from mofasgd.momentum import Factors, moving, power_of_two, real_columns, real_factors, sketch, tangent_square_norm
 from mofasgd.options import Group, number
-from mofasgd.rng import START_LEFT, START_RIGHT, gaussian, key_of
 from mofasgd.solver import Solver
 
 
@@ -44,6 +32,7 @@ class Member:
         index: number of the parameter in the optimizer, as in its state_dict.
         param, group, state: the weight, its group, its state (`mofasgd.state`).
         shape: how it is cut into matrices; b of them below.
+        gradient: of this window, not scaled by `factor`.
         factor: of the gradient (clipping and GradScaler's scale), 0-dim, once it is known; None: 1.
         spaces: what the complement leaves out, (b, m, 2r) and (b, n, 2r), once it is known and if it is asked for.
     """
@@ -53,13 +42,9 @@ class Member:
     group: Group
     state: dict[str, Tensor]
     shape: MatrixShape
+    gradient: Gradient
     factor: Tensor | None = None
     spaces: tuple[Tensor, Tensor] | None = None
-
-    def gradient(self) -> Tensor:
-        """Return the gradient as (b, m, n), not scaled by `factor`."""
-        assert self.param.grad is not None
-        return as_matrices(self.param.grad, self.shape)
 
     def factors(self) -> Factors:
         """Return U (b, m, r), s (b, r), V (b, n, r) of the state."""
@@ -136,21 +121,13 @@ def displacement(member: Member, before: Factors, after: Factors, active: Tensor
     extra = None
     if member.spaces is not None:
         Q, P = member.spaces
-        G = _clean(member.gradient(), active)
+        G = _clean(member.gradient.dense(), active)
         # Rows of E are outputs; a transposed weight keeps those in columns.
         extra = normalized_complement(P, Q, G.mT).mT if group["transposed"] else normalized_complement(Q, P, G)
         extra *= complement_scale(group["complement"], shape.m, shape.n)
         square_norm = square_norm + extra.square().sum(dim=(-2, -1))
     left = after.U * coefficients[:, None, :]
     return Displacement(left, after.V, extra, lr_factor(group, shape, square_norm))
-
-
-def start_matrices(seed: int, index: int, shape: MatrixShape, rank: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Omega (n, l) and Psi (m, k) of a parameter's first window, on the device and in the dtype of `like`."""
-    width, height = init_widths(rank)
-    Omega = gaussian(shape.n, width, key_of(seed, START_RIGHT, index), like.device, like.dtype)
-    Psi = gaussian(shape.m, height, key_of(seed, START_LEFT, index), like.device, like.dtype)
-    return Omega, Psi
 
 
 def _clean(observed: Tensor, active: Tensor) -> Tensor:
@@ -188,7 +165,7 @@ class Update:
     There are `count` parameters of b matrices each, B = count * b.
 
     Attributes:
-        stored, before: factors as in the state, and their real columns, by which the gradient is sketched.
+        stored, before: factors as in the state, and their real columns, whose sketches count.
         finite: bool (count,), whether a parameter's sketch is; after `take`, also whether its new momentum is.
         active: bool (B,), the matrices that move: finite and with a non-zero sketch.
         square_norms: (B,) float64, |Ghat|^2 of the active matrices, 0 elsewhere.
@@ -201,9 +178,10 @@ class Update:
         self.before = real_factors(*self.stored)
         # Products with G run per matrix: gradients are never stacked.
         sketches = [
-            sketch(member.gradient(), self.before.U[part], self.before.V[part]) for part, member in self._parts()
+            member.gradient.sketches(self.stored.U[part], self.stored.V[part]) for part, member in self._parts()
         ]
-        GV, GtU = (torch.cat(parts) for parts in zip(*sketches, strict=True))
+        kept = real_columns(self.stored.s)[:, None, :]
+        GV, GtU = (torch.where(kept, torch.cat(parts), 0.0) for parts in zip(*sketches, strict=True))
         # A parameter is skipped as a whole, a zero slice of a stack on its own.
         self.finite = _all_finite((GV, GtU)).view(-1, self.b).all(dim=1)
         self.active = self._gated(self.finite.repeat_interleave(self.b) & _any_nonzero((GV, GtU)))
@@ -232,7 +210,7 @@ class Update:
 
     def spaces(self) -> tuple[Tensor, Tensor]:
         """Return what the complement leaves out (`complement.seen_spaces`)."""
-        sizes = torch.cat([_sizes(_clean(m.gradient(), self.active[part])) for part, m in self._parts()])
+        sizes = torch.cat([_sizes(_clean(m.gradient.dense(), self.active[part])) for part, m in self._parts()])
         return seen_spaces(self.before.U, self.before.V, self.GV, self.GtU, sizes)
 
     def take(self, factor: Tensor | None) -> None:
@@ -261,22 +239,15 @@ class Start(Update):
         device = self.stored.U.device
         every = len(pending) == self.b
         self.pending = torch.arange(self.b, device=device) if every else torch.tensor(pending, device=device)
-        G = member.gradient() if every else member.gradient()[self.pending]
-        shape, rank = member.shape, self.stored.s.shape[-1]
-        Psi = None
-        if starts_from_gradient(shape.m, shape.n, rank):
-            observed: tuple[Tensor, ...] = (G.to(self.stored.U.dtype),)
-        else:
-            Omega, Psi = start_matrices(context.seed, member.index, shape, rank, self.stored.U)
-            observed = init_sketch(G, Omega, Psi)
+        how = FirstWindow(context.seed, member.index, member.shape, self.stored.s.shape[-1], self.stored.U.dtype)
+        observed = member.gradient.start(how, None if every else self.pending)
         self.finite = self.finite & _all_finite(observed).all()
         starts = self._gated(self.finite & _any_nonzero(observed))
         self.active = self.active.index_copy(0, self.pending, starts)
         # M_1 is found at a power of two of its size, which may be out of range until the gradient is clipped.
         clean = [_clean(t, starts) for t in observed]
         scale = power_of_two(*clean)
-        clean = [t / scale for t in clean]
-        self.first = truncated_svd(clean[0], rank) if Psi is None else init_factors(clean[0], clean[1], Psi, rank)
+        self.first = how.factors([t / scale for t in clean])
         self.s = self.first.s.double() * scale[..., 0]
         self._measure(self.square_norms.index_copy(0, self.pending, self.s.square().sum(dim=-1)))
 
@@ -295,7 +266,7 @@ class Start(Update):
 
     def spaces(self) -> tuple[Tensor, Tensor]:
         """Return what the complement leaves out; the matrices that start are sketched by M_1."""
-        G = _clean(self.members[0].gradient(), self.active)
+        G = _clean(self.members[0].gradient.dense(), self.active)
         G = G / power_of_two(G)
         return seen_spaces(self.before.U, self.before.V, *sketch(G, self.before.U, self.before.V), _sizes(G))
 

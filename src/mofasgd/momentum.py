@@ -174,12 +174,17 @@ def moving(s: Tensor, tol: float = RANK_TOLERANCE) -> Tensor:
     return s > tol * s[..., :1]
 
 
-def real_factors(U: Tensor, s: Tensor, V: Tensor, tol: float = RANK_TOLERANCE) -> Factors:
-    """Return the factors with zeros in place of completion columns; the sketches by them see real directions only.
+def real_columns(s: Tensor, tol: float = RANK_TOLERANCE) -> Tensor:
+    """Return which columns of U and V are directions of M and no completion, as booleans of the shape of s (..., r).
 
     A momentum of exactly 0 has no real direction; it keeps its columns, or no gradient could ever reach it again.
     """
-    kept = (moving(s, tol) | (s[..., :1] == 0)).to(s.dtype)
+    return moving(s, tol) | (s[..., :1] == 0)
+
+
+def real_factors(U: Tensor, s: Tensor, V: Tensor, tol: float = RANK_TOLERANCE) -> Factors:
+    """Return the factors with zeros in place of completion columns; the sketches by them see real directions only."""
+    kept = real_columns(s, tol).to(s.dtype)
     return Factors(U * kept[..., None, :], s * kept, V * kept[..., None, :])
 
 

@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from mofasgd.adamw import adamw_step
+from mofasgd.adamw import AdamWUpdate
 from mofasgd.apply import Rounding
+from mofasgd.base import FactoredOptimizer
+from mofasgd.clipping import count_bad, measure
 from mofasgd.factored import Context, Displacement, Member, Start, Update, displacement
+from mofasgd.gradient import DenseGradient, Gradient
 from mofasgd.momentum import Factors
-from mofasgd.options import (
-    Group,
-    check_choice,
-    check_flag,
-    check_number,
-    check_parameters,
-    check_polar,
-    check_whole,
-    complete,
-    number,
-)
-from mofasgd.precision import true_float32
+from mofasgd.options import Group, check_choice, check_flag, check_polar, check_whole, complete
 from mofasgd.solver import SOLVERS
-from mofasgd.state import factored_shape, new_adamw, new_factored, restore, waiting
+from mofasgd.state import factored_shape, waiting
 
 _STATE_DTYPES = (torch.float32, torch.float64)
 
 
-class MoFaSGD(Optimizer):
+@dataclass
+class Taken:
+    """Of the parameters that were stepped in backward: squared norms, finiteness, and which were pending."""
+
+    squares: list[Tensor] = field(default_factory=list)
+    finite: list[Tensor] = field(default_factory=list)
+    started: list[Tensor] = field(default_factory=list)
+
+
+class MoFaSGD(FactoredOptimizer):
     r"""Spectrally normalized SGD with a rank-r factored momentum (MoFaSGD), and AdamW for what is not factored.
 
     For a weight W (m x n) with gradient G the first moment is kept as M = U diag(s) V' of rank r:
@@ -116,6 +115,7 @@ class MoFaSGD(Optimizer):
             raise ValueError(
                 f"state_dtype={state_dtype} should be float32 or float64: bfloat16 factors lose orthonormality"
             )
+        self._handle, self._taken = None, Taken()
         self.max_grad_norm = max_grad_norm
         self.state_dtype, self.stochastic_rounding = state_dtype, stochastic_rounding
         self.solver, self.seed = solver, seed
@@ -143,58 +143,10 @@ class MoFaSGD(Optimizer):
         complete({"algorithm": "adamw"}, self._factored_defaults, self._adamw_defaults)
         if update == "polar":
             check_polar(self._factored_defaults)
-        # Host copy of which matrices wait for their start; None until it has been read from the state.
-        self._pending: dict[Tensor, list[int]] | None = None
-        self._norm: Tensor | None = None
-        self._nonfinite: Tensor | int = 0
-        self._reported = 0
+        self._pending, self._norm = None, None
+        self._nonfinite, self._reported = 0, 0
         # Only what both algorithms read; add_param_group fills in the rest of each group.
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-
-    @property
-    def max_grad_norm(self) -> float | None:
-        """Norm to which the gradient of all parameters is clipped, or None."""
-        return self._max_grad_norm
-
-    @max_grad_norm.setter
-    def max_grad_norm(self, value: float | None) -> None:
-        if value is not None:
-            check_number("max_grad_norm", value, 0.0, open_low=True)
-        self._max_grad_norm = value
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as in torch; checks its keys, its values and that its parameters can be factored."""
-        if not isinstance(param_group, dict):
-            raise TypeError(f"a parameter group should be a dict, not {type(param_group).__name__}")
-        super().add_param_group(complete(param_group, self._factored_defaults, self._adamw_defaults))
-        group = self.param_groups[-1]
-        try:
-            check_parameters(group)
-        except ValueError:
-            self.param_groups.pop()
-            raise
-        self._pending = None
-
-    def _parameters(self) -> Iterator[tuple[int, Tensor, Group]]:
-        """Yield (index as in state_dict, parameter, group)."""
-        pairs = chain.from_iterable(((p, g) for p in g["params"]) for g in self.param_groups)
-        for index, (param, group) in enumerate(pairs):
-            yield index, param, group
-
-    def materialize(self) -> None:
-        """Make the state of every trainable parameter now, pending, without a gradient (for checkpoint libraries)."""
-        for index, param, group in self._parameters():
-            if (param.requires_grad or param.grad is not None) and not self.state[param]:
-                self.state[param] = self._new_state(index, param, group)
-        if self._pending is None:
-            self._pending = waiting({p: s for p, s in self.state.items() if "initialized" in s})
-
-    def _new_state(self, index: int, param: Tensor, group: Group) -> dict[str, Tensor]:
-        self._pending = None
-        if group["algorithm"] == "adamw":
-            return new_adamw(param, self.state_dtype)
-        shape, rank = factored_shape(param, group)
-        return new_factored(param, shape, rank, self.state_dtype)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -206,195 +158,111 @@ class MoFaSGD(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step with the gradients in `p.grad`, which are read only; return the closure's loss.
 
+        Of an attached parameter the step reads the sketches since the last step instead, and forgets them.
         A parameter without a gradient, or a matrix whose sketch is exactly zero, does not move, does not decay and
         keeps its momentum. A parameter whose gradient is not finite is left as it was and counted in
         `nonfinite_steps`.
         """
+        # Set by GradScaler for the time of this call; without any gradient, found_inf is the int 0.
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | int | None = getattr(self, "found_inf", None)
+        if self._handle is not None and not (grad_scale is None and found_inf is None):
+            # GradScaler takes them back after a step only; a later one without it would read them.
+            vars(self).pop("grad_scale", None), vars(self).pop("found_inf", None)
+            raise ValueError("GradScaler cannot unscale sketches of an attached model: use bfloat16, or detach()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self.materialize()
-        # Set by GradScaler for the time of this call.
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        gate = None if found_inf is None else found_inf.reshape(()) == 0
+        gate = found_inf.reshape(()) == 0 if isinstance(found_inf, Tensor) else None
 
-        updates, vectors = self._observe(gate)
-        grads = [p.grad for _, p, _ in vectors if p.grad is not None]
-        # As AdamW will read them: float64 gradients may not fit its moments. A sum of squares in float64 is finite
-        # exactly if its float32 or bfloat16 elements are.
-        grads = [g.to(self.state_dtype) if g.dtype is torch.float64 else g for g in grads]
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads]
-        finite = [norm.isfinite() for norm in norms]
-        taken = finite if gate is None else [ok & gate.to(ok.device) for ok in finite]
-        factor = self._measure(updates, norms, taken, grad_scale)
+        updates = self._observe(gate)
+        squares = self._taken.squares + [update.square_norms.sum() for update in updates]
+        self._norm, factor = measure(squares, self.max_grad_norm, grad_scale)
         for update in updates:
             update.take(None if factor is None else factor.to(update.active.device))
-        for (index, param, group), active in zip(vectors, taken, strict=True):
-            self._step_adamw(index, param, group, active, factor)
-        self._settle(updates)
-        self._count([*(update.finite for update in updates), *finite], gate)
+        finite = self._taken.finite + [update.finite for update in updates]
+        self._nonfinite = count_bad(self._nonfinite, finite, gate)
+        self._settle(self._taken.started + [u.members[0].param for u in updates if isinstance(u, Start)])
+        self._taken = Taken()
+        if self._handle is not None:
+            self._handle.next_window()
         return loss
 
-    def _observe(self, gate: Tensor | None) -> tuple[list[Update], list[tuple[int, Tensor, Group]]]:
-        """Return the observed factored parameters with a gradient, in batches, and the AdamW ones."""
-        context = Context(SOLVERS[self.solver], self._displace, self.seed, self.stochastic_rounding, gate)
-        updates: list[Update] = []
-        vectors: list[tuple[int, Tensor, Group]] = []
+    def _observe(self, gate: Tensor | None) -> list[Update | AdamWUpdate]:
+        """Return the observed parameters with a gradient, the factored ones in batches."""
+        context = self._context(gate)
+        updates: list[Update | AdamWUpdate] = []
         buckets: dict[tuple[Any, ...], list[Member]] = {}
         assert self._pending is not None
         for index, param, group in self._parameters():
-            if param.grad is None:
-                continue
-            if param.grad.is_sparse:
+            if param.grad is not None and param.grad.is_sparse:
                 raise ValueError(f"parameter {index} has a sparse gradient: build its embedding with sparse=False")
             if group["algorithm"] == "adamw":
-                vectors.append((index, param, group))
+                if param.grad is not None:
+                    state = self.state[param]
+                    rounding = Rounding.of(self.stochastic_rounding, self.seed, index, state["step"])
+                    updates.append(AdamWUpdate(param, group, state, rounding, gate))
                 continue
-            shape, rank = factored_shape(param, group)
-            member = Member(index, param, group, self.state[param], shape)
-            if member.state["s"].shape[-1] != rank:
-                raise ValueError(
-                    f"parameter {index} has a momentum of rank {member.state['s'].shape[-1]} but its group now says "
-                    f"{rank}: the rank of a running optimizer is fixed"
-                )
+            member = self._member(index, param, group)
+            if member is None:
+                continue
             if param in self._pending:
                 updates.append(Start(member, self._pending[param], context))
             else:
-                key = (id(group), shape, rank, param.device)
+                key = (id(group), member.shape, param.device)
                 buckets.setdefault(key, []).append(member)
-        updates += [Update(members, context) for members in buckets.values()]
-        return updates, vectors
+        return updates + [Update(members, context) for members in buckets.values()]
+
+    def _context(self, gate: Tensor | None) -> Context:
+        return Context(SOLVERS[self.solver], self._displace, self.seed, self.stochastic_rounding, gate)
+
+    def _member(self, index: int, param: Tensor, group: Group) -> Member | None:
+        """Return a factored parameter with what this step reads of its gradient, or None without one."""
+        shape, rank = factored_shape(param, group)
+        gradient: Gradient | None = None if param.grad is None else DenseGradient(param.grad, shape)
+        if self._handle is not None and self._handle.sketches(param):
+            self._refuse_full_gradient(group)
+            gradient = self._handle.gradient(param)
+        if gradient is None:
+            return None
+        state = self.state[param]
+        if state["s"].shape[-1] != rank:
+            raise ValueError(
+                f"parameter {index} has a momentum of rank {state['s'].shape[-1]} but its group now says "
+                f"{rank}: the rank of a running optimizer is fixed"
+            )
+        return Member(index, param, group, state, shape, gradient)
+
+    def _reads_gradient(self, group: Group) -> str | None:
+        """Return what makes the step of a group of factored parameters read G itself, or None: its sketches do."""
+        return f"complement={group['complement']}" if group["complement"] else None
+
+    def _step_in_backward(self, index: int, param: Tensor, group: Group) -> None:
+        """Take the step of one factored parameter by `param.grad`; `step()` counts it."""
+        member = self._member(index, param, group)
+        assert member is not None
+        if self._pending is None:
+            self.materialize()
+        assert self._pending is not None
+        pending = self._pending.get(param)
+        context = self._context(None)
+        update = Start(member, pending, context) if pending else Update([member], context)
+        update.take(None)
+        self._taken.squares.append(update.square_norms.sum())
+        self._taken.finite.append(update.finite)
+        self._taken.started += [param] if pending else []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_taken": Taken()}
 
     def _displace(self, member: Member, before: Factors, after: Factors, active: Tensor) -> Displacement:
         return displacement(member, before, after, active)
 
-    def _measure(
-        self, updates: list[Update], norms: list[Tensor], taken: list[Tensor], grad_scale: Tensor | None
-    ) -> Tensor | None:
-        """Set the gradient's norm and return the factor of all gradients (None: 1)."""
-        squares = [u.square_norms.sum() for u in updates]
-        squares += [torch.where(ok, n.square(), 0.0) for n, ok in zip(norms, taken, strict=True)]
-        if not squares:
-            self._norm = torch.zeros((), dtype=torch.float64)
-            return None
-        device = squares[0].device
-        norm = torch.stack([s.to(device) for s in squares]).sum().sqrt()
-        factor = None
-        if grad_scale is not None:
-            factor = 1 / grad_scale.reshape(()).to(device, torch.float64)
-            norm = norm * factor
-        self._norm = norm
-        if self.max_grad_norm is not None:
-            clip = (self.max_grad_norm / norm).clamp(max=1.0)
-            factor = clip if factor is None else factor * clip
-        return factor
-
-    def _step_adamw(self, index: int, param: Tensor, group: Group, active: Tensor, factor: Tensor | None) -> None:
-        assert param.grad is not None
-        state = self.state[param]
-        rounding = Rounding.of(self.stochastic_rounding, self.seed, index, state["step"])
-        beta1, beta2 = (number(beta) for beta in group["betas"])
-        lr, eps, decay = (number(group[key]) for key in ("lr", "eps", "weight_decay"))
-        factor = None if factor is None else factor.to(param.device)
-        control: dict[str, Any] = {"active": active, "rounding": rounding, "factor": factor}
-        adamw_step(param, param.grad, state, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay, **control)
-
-    def _count(self, finite: list[Tensor], gate: Tensor | None) -> None:
-        """Count this step if any of the flags is False, unless GradScaler has closed the gate."""
-        if not finite:
-            return
-        device = finite[0].device
-        bad = ~torch.cat([flags.reshape(-1).to(device) for flags in finite]).all()
-        bad = bad if gate is None else bad & gate.to(device)
-        before = self._nonfinite
-        self._nonfinite = bad + (before.to(device) if isinstance(before, Tensor) else before)
-
-    def _settle(self, updates: list[Update]) -> None:
-        """Note which matrices have started. Waits for the device while any is pending."""
+    def _settle(self, params: Sequence[Tensor]) -> None:
+        """Note which matrices of `params` have started. Waits for the device if there are any."""
         assert self._pending is not None
-        params = [update.members[0].param for update in updates if isinstance(update, Start)]
         for param in params:
             del self._pending[param]
         self._pending |= waiting({param: self.state[param] for param in params})
-
-    def grad_norm(self) -> Tensor:
-        """Return the norm of the gradient that the last `step` saw, before clipping: 0-dim float64, on its device.
-
-        Factored parameters count with |Ghat|, or |M_1| in their first window; non-finite ones are left out.
-        """
-        return torch.zeros((), dtype=torch.float64) if self._norm is None else self._norm.clone()
-
-    @property
-    def nonfinite_steps(self) -> int:
-        """Number of steps in which some parameter's gradient was not finite; GradScaler's skipped ones do not count.
-
-        Reading it waits for the device, and warns if the number has grown since it was last read.
-        """
-        count = self._nonfinite = int(self._nonfinite)
-        if count > self._reported:
-            news = f"{count - self._reported} steps had a gradient that was not finite"
-            warnings.warn(f"{news}; the parameters concerned were left as they were", stacklevel=2)
-        self._reported = count
-        return count
-
-    def factors(self, param: Tensor) -> Factors:
-        """Return (U, s, V) of a factored parameter: copies in `state_dtype`; zeros while it is pending.
-
-        Shapes (*lead, m, r), (*lead, r), (*lead, n, r), `lead` being the stacked dimensions.
-        """
-        for index, own, group in self._parameters():
-            if own is param and group["algorithm"] == "mofasgd":
-                if not self.state[param]:
-                    self.state[param] = self._new_state(index, param, group)
-                return Factors(*(self.state[param][key].clone() for key in Factors._fields))
-        raise ValueError(
-            f"a parameter of shape {tuple(param.shape)} has no factors: it is not in a group with algorithm='mofasgd'"
-        )
-
-    def momentum(self, param: Tensor) -> Tensor:
-        """Return the dense first moment M of a factored parameter, in its shape and `state_dtype` (for study)."""
-        U, s, V = self.factors(param)
-        with true_float32(U.device.type):
-            return ((U * s[..., None, :]) @ V.mT).reshape(param.shape)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return torch's state_dict and `nonfinite_steps`, an int. Tensors and numbers only."""
-        return {**super().state_dict(), "nonfinite_steps": self.nonfinite_steps}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a copy of a state_dict; floating state stays in `state_dtype`, whatever the dtype of the weights.
-
-        Raises:
-            ValueError: if it does not fit this optimizer; then nothing has changed.
-        """
-        restored: dict[Tensor, dict[str, Tensor]] = {}
-
-        def check(_: Optimizer, loaded: dict[str, Any]) -> None:
-            restored.update(restore(loaded, self.param_groups, self.state_dtype))
-
-        def put_back(_: Optimizer) -> None:
-            # torch has cast floating state to the dtype of the weights: bfloat16 factors would be lost factors.
-            self.state.update(restored)
-
-        nonfinite = int(state_dict.get("nonfinite_steps", 0)) if isinstance(state_dict, dict) else 0
-        # Registered now, so that hooks of the user have run before ours and run after it, respectively.
-        handles = [
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(put_back, prepend=True),
-        ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._nonfinite = self._reported = nonfinite
-        self._pending = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # torch keeps only groups and state; copies and pickles need the settings too.
-        settings = "_max_grad_norm state_dtype stochastic_rounding solver seed _factored_defaults _adamw_defaults"
-        kept = {key: self.__dict__[key] for key in (*settings.split(), "_nonfinite", "_reported", "_norm")}
-        parent: dict[str, Any] = super().__getstate__()
-        return {**parent, **kept, "_pending": None}

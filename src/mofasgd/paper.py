@@ -98,23 +98,30 @@ class AuthorsMFSGD(MoFaSGD):
             state["initialized"].fill_(True)
         return state
 
+    def _reads_gradient(self, group: Group) -> str | None:
+        named = {"eta2": self.eta2, "nesterov": self.nesterov}
+        return next((f"{name}={value}" for name, value in named.items() if value), None)
+
     def _displace(self, member: Member, before: Factors, after: Factors, active: Tensor) -> Displacement:
         group = member.group
-        G = torch.where(active[:, None, None], member.gradient().to(after.U.dtype), 0.0)
-        if member.factor is not None:
-            G = G * member.factor
         U, s, V = after
         if self.nesterov:
+            G = self._gradient(member, active)
             U, s, V = update_factors(*after, *sketch(G, after.U, after.V), group["beta"])
         height = 1.0 if self.use_ones_for_nonzero_s else (1 / s).clamp(max=group["max_value"])
         coefficients = torch.where(s > group["clip_eps"], group["eta1"] * height, 0.0)
         extra = None
         if self.eta2:
+            G = self._gradient(member, active)
             left, right = (U, V) if self.use_current_projection else (before.U, before.V)
             with true_float32(G.device.type):
                 R = G - left @ (left.mT @ G)
                 extra = self.eta2 * (R - (R @ right) @ right.mT)
         return Displacement(U * coefficients[:, None, :], V, extra, 1.0)
+
+    def _gradient(self, member: Member, active: Tensor) -> Tensor:
+        G = torch.where(active[:, None, None], member.gradient.dense().to(self.state_dtype), 0.0)
+        return G if member.factor is None else G * member.factor
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("eta2", "nesterov", "use_current_projection", "use_ones_for_nonzero_s")

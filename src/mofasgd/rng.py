@@ -8,6 +8,7 @@ last operation is 32-bit integer arithmetic, hence bit-equal on CPU, GPU and in 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ ROUNDING, START_RIGHT, START_LEFT = 1, 2, 3
 # the public hash-prospector search (rounds: xor >> 16, multiply, xor >> 15, multiply, xor >> 15).
 _MULTIPLIERS = (0x21F0AAAD, 0xD35A2D97)
 _MASK = 0xFFFFFFFF
+
+_TILE = 1 << 20
+"""Numbers that are made at a time; bounds the temporaries, which are several times as large."""
 
 
 def _signed(word: int) -> int:
@@ -52,11 +56,17 @@ def key_of(seed: int, purpose: int, index: int) -> int:
     return key
 
 
-def random_words(key: int, step: int | Tensor, start: int, count: int, device: torch.device) -> Tensor:
+def key_tensor(keys: Sequence[int], device: torch.device) -> Tensor:
+    """Return keys for `random_words` as int32 (len(keys), 2): each with its hash, so that no code depends on them."""
+    words = [[_signed(key), _signed(hash_word(key))] for key in keys]
+    return torch.tensor(words, dtype=torch.int32, device=device)
+
+
+def random_words(key: int | Tensor, step: int | Tensor, start: int, count: int, device: torch.device) -> Tensor:
     """Return uniform int32 words for the elements start .. start + count - 1, shape (count,).
 
     Args:
-        key: from `key_of`.
+        key: from `key_of`, or a row of `key_tensor`.
         step: number of the step; a 0-dim tensor stays on its device.
         start: index of the first element; 64 bits.
         count: number of elements.
@@ -65,21 +75,30 @@ def random_words(key: int, step: int | Tensor, start: int, count: int, device: t
     if not isinstance(step, Tensor):
         step = torch.full((), step, device=device)
     # Two keys, so that two steps do not merely permute the same words.
-    first = hash_words(step.to(device, torch.int32) ^ _signed(key))
-    second = hash_words(first ^ _signed(hash_word(key)))
+    word, hashed = (_signed(key), _signed(hash_word(key))) if isinstance(key, int) else key.unbind()
+    first = hash_words(step.to(device, torch.int32) ^ word)
+    second = hash_words(first ^ hashed)
     elements = torch.arange(start, start + count, dtype=torch.int64, device=device)
     low, high = elements.to(torch.int32), (elements >> 32).to(torch.int32)
     return hash_words(hash_words(low ^ first) ^ high ^ second)
 
 
-def gaussian(rows: int, columns: int, key: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return a (rows, columns) matrix of independent, nearly normal numbers: mean 0, variance 1.
+def gaussian(rows: int, columns: int, key: int | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a (rows, columns) matrix of independent, nearly normal bfloat16 numbers: mean 0, variance 1.
 
     Each is the scaled sum of the eight bytes of two random words (Irwin-Hall; excess kurtosis -0.15), because a
-    logarithm or a cosine would differ between devices in the last bit.
+    logarithm or a cosine would differ between devices in the last bit. It is rounded to bfloat16 whatever `dtype`
+    says: a layer under autocast then multiplies by the very matrix that the step inverts in float32.
     """
-    words = random_words(key, 0, 0, 2 * rows * columns, device).view(rows, columns, 2)
-    total = sum(((words >> shift) & 0xFF).sum(dim=-1) for shift in (0, 8, 16, 24))
-    assert isinstance(total, Tensor)
-    # A product, not a quotient: CUDA divides by a number through its reciprocal, which rounds otherwise than the CPU.
-    return (total - 8 * 255 // 2).to(dtype) * (1 / math.sqrt(8 * (256**2 - 1) / 12))
+    result = torch.empty(rows, columns, dtype=dtype, device=device)
+    tile = max(1, _TILE // columns)
+    for row in range(0, rows, tile):
+        part = result[row : row + tile]
+        words = random_words(key, 0, 2 * row * columns, 2 * part.numel(), device).view(*part.shape, 2)
+        total = sum(((words >> shift) & 0xFF).sum(dim=-1) for shift in (0, 8, 16, 24))
+        assert isinstance(total, Tensor)
+        # A product, not a quotient: CUDA divides by a number through its reciprocal, which rounds otherwise than the
+        # CPU.
+        value = (total - 8 * 255 // 2).to(torch.float32) * (1 / math.sqrt(8 * (256**2 - 1) / 12))
+        part.copy_(value.to(torch.bfloat16))
+    return result

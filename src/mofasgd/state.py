@@ -18,11 +18,14 @@ both      step         (), float32        updates taken; float32 as in torch.opt
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from mofasgd.layout import MatrixShape, matrix_shape
 from mofasgd.options import ALGORITHMS, Group, check_group
@@ -115,6 +118,32 @@ def restore(loaded: Any, groups: list[Group], dtype: torch.dtype) -> dict[Tensor
                 result[param] = {key: _copy(key, value, param.device, dtype) for key, value in entry.items()}
             index += 1
     return result
+
+
+@contextmanager
+def restored(optimizer: Optimizer, dtype: torch.dtype) -> Iterator[None]:
+    """Check what `optimizer.load_state_dict` is given, and keep floating state in `dtype`.
+
+    torch casts it to the dtype of the weights: bfloat16 factors would be lost factors.
+    """
+    kept: dict[Tensor, dict[str, Tensor]] = {}
+
+    def check(_: Optimizer, loaded: dict[str, Any]) -> None:
+        kept.update(restore(loaded, optimizer.param_groups, dtype))
+
+    def put_back(_: Optimizer) -> None:
+        optimizer.state.update(kept)
+
+    # Registered now, so that hooks of the user have run before ours and run after it, respectively.
+    handles = [
+        optimizer.register_load_state_dict_pre_hook(check),
+        optimizer.register_load_state_dict_post_hook(put_back, prepend=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _copy(key: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,317 @@
+"""Attaching an optimizer to a model: which parameter runs in which mode, and the life of what is put into the model."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.utils.hooks import RemovableHandle
+
+from mofasgd.attach.release import ReleaseHook, StepHook
+from mofasgd.attach.sketch import mixin_for, why_not
+from mofasgd.attach.swap import Attached, swap_in, swap_out
+from mofasgd.attach.window import Window
+from mofasgd.gradient import FirstWindow
+from mofasgd.options import Group, check_choice
+from mofasgd.state import factored_shape
+
+MODES = ("auto", "sketch", "release")
+
+
+class Owner(Protocol):
+    """What a handle asks of its optimizer."""
+
+    seed: int
+    state_dtype: torch.dtype
+    state: Any
+
+    def _parameters(self) -> Iterator[tuple[int, Tensor, Group]]: ...
+
+    def _waiting(self) -> dict[Tensor, list[int]]:
+        """Make missing state; return the numbers of the matrices without a momentum, by parameter."""
+
+    def _step_in_backward(self, index: int, param: Tensor, group: Group) -> None: ...
+
+    def _refuse_full_gradient(self, group: Group) -> None: ...
+
+    def _detached(self) -> None: ...
+
+
+class Row(NamedTuple):
+    """One trainable parameter: its name, how its gradient is kept and why, and the layers that sketch it."""
+
+    name: str
+    param: Tensor
+    mode: str
+    why: str
+    layers: list[nn.Module]
+
+
+class Root(Attached):
+    """Mixed into the class of the attached model."""
+
+    _mofasgd_handle: Handle | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Follow changes of the optimizer's parameters, then call the model."""
+        if self._mofasgd_handle is not None and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            self._mofasgd_handle.bind()
+        return self._parent().__call__(*args, **kwargs)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients and the sketches."""
+        self._parent().zero_grad(set_to_none)
+        if self._mofasgd_handle is not None:
+            self._mofasgd_handle.clear()
+
+    def _parent(self) -> Any:
+        # A caller (torch.compile) may hold a method of this class longer than the model is of it.
+        return super() if isinstance(self, Root) else self
+
+
+class Handle:
+    """An attached model. `detach()` restores it; so does leaving a `with` block, or the end of the optimizer.
+
+    `str()` is a table of the parameters: name, shape, mode and why. Modes are "sketch" and "release" as in
+    `MoFaSGD.attach`, "step" for release with step_in_backward, and "p.grad" for what AdamW trains.
+
+    Attributes:
+        rows: the table, a `Row` for each trainable parameter.
+        stepping: whether factored parameters are stepped during backward.
+    """
+
+    def __init__(self, model: nn.Module, owner: Owner, mode: str, step_in_backward: bool) -> None:
+        """Attach `model`; raises before anything has changed. Arguments as in `MoFaSGD.attach`."""
+        check_choice("mode", mode, MODES)
+        # torch.compile's wrapper passes attributes on to the model in it.
+        self._model: nn.Module = getattr(model, "_orig_mod", model)
+        self._mode, self.stepping = mode, step_in_backward
+        self._owner = weakref.ref(owner)
+        self.rows: list[Row] = []
+        self._windows: dict[Tensor, Window] = {}
+        self._hooks: dict[Tensor, RemovableHandle] = {}
+        self._bound: list[tuple[Any, ...]] = []
+        self._kept: list[Tensor] = []
+        self._warned: set[str] = set()
+        self._refuse_attached()
+        self.bind()
+        # Hooks must not outlive the optimizer: another one would never see a gradient, and nobody would say so.
+        self._finalizer = weakref.finalize(owner, self._restore)
+        self._finalizer.atexit = False
+
+    def _refuse_attached(self) -> None:
+        hooked = [
+            name
+            for name, param in self._model.named_parameters()
+            if any(isinstance(hook, ReleaseHook) for hook in (param._post_accumulate_grad_hooks or {}).values())
+        ]
+        mixed = [name for name, module in self._model.named_modules() if isinstance(module, Attached)]
+        if hooked or mixed:
+            raise ValueError(
+                f"{(mixed + hooked)[0] or 'the model'!r} is attached to an optimizer already: call detach() on its "
+                "handle first"
+            )
+
+    def bind(self) -> None:
+        """Put sketches and hooks on the parameters that the optimizer has now, if they have changed.
+
+        Libraries replace parameters after the optimizer was made (accelerate under FSDP2, `model.to`), or freeze and
+        add some. What the parameters that stay have gathered since the last step stays with them.
+
+        Raises:
+            ValueError: if model and optimizer no longer fit, as in `MoFaSGD.attach`; then nothing has changed.
+        """
+        owner = self._owner()
+        if owner is None:
+            return
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            # Hooks and probes see one rank's gradient: the replicas would drift apart without a word.
+            raise ValueError("attach does not sum sketches over ranks yet: train on one process, or do not attach")
+        # Comparing numbers is what every forward pays; holding the parameters keeps the numbers theirs.
+        state = [(id(p), p.device, p.requires_grad) for _, p, _ in owner._parameters()]
+        if state == self._bound:
+            return
+        rows = plan(self._model, owner, self._mode, self.stepping)
+        self._remove()
+        self.rows, self._bound, self._kept = rows, state, [p for _, p, _ in owner._parameters()]
+        self._install(owner)
+
+    def _install(self, owner: Owner) -> None:
+        for _, param, _ in owner._parameters():
+            own = owner.state.get(param, {})
+            if any(value.device != param.device for value in own.values()):
+                owner.state[param] = {key: value.to(param.device) for key, value in own.items()}
+        pending, before = owner._waiting(), self._windows
+        places = {param: (index, group) for index, param, group in owner._parameters()}
+        self._windows = {}
+        for row in self.rows:
+            if row.mode == "p.grad":
+                continue
+            index, group = places[row.param]
+            shape, rank = factored_shape(row.param, group)
+            first = FirstWindow(owner.seed, index, shape, rank, owner.state_dtype)
+            own, probed = owner.state[row.param], bool(row.layers)
+            window = before.get(row.param)
+            if window is None or not window.serves(row.param, own, first, probed):
+                window = Window(row.name, row.param, own, first, pending.get(row.param, []), probed)
+            self._windows[row.param] = window
+            hook = StepHook(window, self._step, index, group) if self.stepping else ReleaseHook(window)
+            if not self.stepping and row.param.grad is not None:
+                # A gradient from before: the first half of this window.
+                hook(row.param)
+            register: Any = row.param.register_post_accumulate_grad_hook
+            self._hooks[row.param] = register(hook)
+            for layer in row.layers:
+                mixin = mixin_for(layer)
+                assert mixin is not None
+                swap_in(layer, mixin, _mofasgd_window=window)
+        # What was frozen since keeps its gradient until the step, as a `p.grad` would.
+        left = {p: w for p, w in before.items() if p in places and p not in self._windows and not w.empty}
+        self._windows |= left
+        swap_in(self._model, Root, _mofasgd_handle=self)
+
+    def _step(self, index: int, param: Tensor, group: Group) -> None:
+        owner = self._owner()
+        assert owner is not None
+        owner._step_in_backward(index, param, group)
+
+    def _remove(self) -> None:
+        for param, removable in self._hooks.items():
+            removable.remove()
+            if not param._post_accumulate_grad_hooks:
+                param._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+        self._hooks = {}
+        for row in self.rows:
+            for layer in row.layers:
+                swap_out(layer)
+        swap_out(self._model)
+
+    def detach(self) -> None:
+        """Restore the model: hooks, forwards and attributes as before `attach`. A second call does nothing.
+
+        Sketches of an unfinished window are dropped, and gradients come to `p.grad` again.
+        """
+        if self._finalizer.detach() is None:
+            return
+        self._restore()
+        owner = self._owner()
+        if owner is not None:
+            owner._detached()
+
+    def _restore(self) -> None:
+        self._remove()
+        self.clear()
+        self.rows, self._windows, self._bound, self._kept = [], {}, [], []
+
+    def clear(self) -> None:
+        """Forget the sketches of the present window, as `zero_grad` does."""
+        for window in self._windows.values():
+            window.clear()
+
+    def renew(self) -> None:
+        """Bind anew, with empty windows: the optimizer's state or groups have been replaced."""
+        self._windows, self._bound = {}, []
+        self.bind()
+
+    def next_window(self) -> None:
+        """Begin the window after a step."""
+        owner = self._owner()
+        assert owner is not None
+        pending = owner._waiting()
+        casts = []
+        self._windows = {param: window for param, window in self._windows.items() if param in self._hooks}
+        for param, window in self._windows.items():
+            window.open(pending.get(param, []))
+            casts += window.casts()
+        if casts:
+            torch._foreach_copy_([copy for copy, _ in casts], [original for _, original in casts])
+
+    def gradient(self, param: Tensor) -> Window | None:
+        """Return what this window has gathered of a parameter, `p.grad` included if somebody has set it; else None."""
+        window = self._windows[param]
+        if param.grad is not None:
+            window.add(param.grad)
+        if not window.empty:
+            return window
+        if window.ran and window.name not in self._warned:
+            self._warned.add(window.name)
+            warnings.warn(
+                f"the layer of {window.name!r} ran with gradients enabled but none came back before step(): it did "
+                "not move. Evaluate under torch.no_grad(), or see why the loss does not depend on it",
+                stacklevel=5,
+            )
+        return None
+
+    def sketches(self, param: Tensor) -> bool:
+        """Whether `param` is stepped by the sketches of a window."""
+        return param in self._windows and not self.stepping
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        if not self.rows:
+            return "mofasgd.attach.Handle(detached)"
+        table = [("parameter", "shape", "mode", "why")]
+        table += [(r.name, " x ".join(map(str, r.param.shape)) or "scalar", r.mode, r.why) for r in self.rows]
+        widths = [max(len(row[i]) for row in table) for i in range(3)]
+        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[3]]) for row in table)  # noqa: B905
+
+
+def plan(model: nn.Module, owner: Owner, mode: str, stepping: bool) -> list[Row]:
+    """Return how each trainable parameter of `model` is served; arguments and errors as in `MoFaSGD.attach`."""
+    names: dict[Tensor, str] = {param: name for name, param in model.named_parameters() if param.requires_grad}
+    groups = {param: group for _, param, group in owner._parameters()}
+    for param, name in names.items():
+        if param not in groups:
+            raise ValueError(
+                f"{name!r} of the model is trainable but the optimizer does not own it: build the groups with "
+                "mofasgd.param_groups(model), add it with add_param_group, or freeze it with requires_grad_(False)"
+            )
+    for index, own, group in owner._parameters():
+        if group["algorithm"] == "mofasgd" and own.requires_grad and own not in names:
+            raise ValueError(
+                f"parameter {_name_of(index, own, group)} of the optimizer is not in the model: attach the module "
+                "that holds all of its factored parameters"
+            )
+    layers: dict[Tensor, list[tuple[str, nn.Module]]] = {}
+    for path, module in model.named_modules():
+        if mixin_for(module) is not None:
+            for weight in module.parameters(recurse=False):
+                layers.setdefault(weight, []).append((path, module))
+    for factored in (p for p in names if groups[p]["algorithm"] == "mofasgd" and not stepping):
+        owner._refuse_full_gradient(groups[factored])
+    return [_row(name, p, groups[p], layers.get(p, []), mode, stepping) for p, name in names.items()]
+
+
+def _name_of(index: int, param: Tensor, group: Group) -> str:
+    names = group.get("param_names")
+    place = next(i for i, p in enumerate(group["params"]) if p is param)
+    return repr(names[place]) if names else f"{index} ({' x '.join(map(str, param.shape))})"
+
+
+def _row(name: str, param: Tensor, group: Group, layers: list[tuple[str, nn.Module]], mode: str, stepping: bool) -> Row:
+    if group["algorithm"] == "adamw":
+        return Row(name, param, "p.grad", "trained by AdamW", [])
+    if mode == "release":
+        why = "step_in_backward=True" if stepping else "mode='release'"
+        return Row(name, param, "step" if stepping else "release", why, [])
+    reasons = {path: why_not(module, param) for path, module in layers}
+    able = [module for path, module in layers if reasons[path] is None]
+    refusal = next((reason for reason in reasons.values() if reason), "not the weight of a linear or embedding layer")
+    others = [h for h in (param._post_accumulate_grad_hooks or {}).values() if not isinstance(h, ReleaseHook)]
+    if param._backward_hooks or others:
+        # They would never be called.
+        able, refusal = [], "has hooks on its gradient"
+    if able:
+        return Row(name, param, "sketch", ", ".join(sorted({type(module).__name__ for module in able})), able)
+    if mode == "sketch":
+        raise ValueError(f"mode='sketch' cannot serve {name!r}: {refusal}; use mode='auto' or 'release'")
+    return Row(name, param, "release", refusal, [])

@@ -1,0 +1,167 @@
+"""The sketches of one parameter's gradient between two steps.
+
+===================  ===============================  ================================
+matrix               right sketch (b, m, .)           left sketch (b, n, .)
+===================  ===============================  ================================
+with a momentum      G V, r columns                   G' U, r columns
+in its first window  Y = G Omega, l columns           Z = G' Psi, k columns
+small, in its first  G itself (b, m, n): `momentum.starts_from_gradient`
+===================  ================================================================
+
+All are linear in G and U, V stand still between two steps, so the sketches of micro-batches, of several uses of a
+weight and of whatever dense gradient still reaches it add up. They are by all columns of the stored U and V, without
+a copy; the step drops those that are no directions of M.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mofasgd.gradient import FirstWindow
+from mofasgd.layout import as_matrices
+from mofasgd.momentum import sketch
+from mofasgd.rng import key_tensor
+
+Pair = tuple[Tensor, ...]
+
+
+def _leaf(rows: int, columns: int, first: FirstWindow, device: torch.device) -> Tensor:
+    # Never read, so one element serves as them all.
+    return torch.zeros((), dtype=first.dtype, device=device).expand(rows, columns).requires_grad_()
+
+
+def _plus(total: Pair | None, more: Pair | None) -> Pair | None:
+    if total is None or more is None:
+        return total if more is None else more
+    return tuple(a + b for a, b in zip(total, more, strict=True))
+
+
+class Window:
+    """What backward has said of a factored parameter's gradient since the last step; a `gradient.Gradient`.
+
+    Attributes:
+        name, param, state: the parameter, and the optimizer's state of it.
+        first: how its gradient is sketched before it has a momentum.
+        probed: whether layers sketch it (a 2-D weight then), or its dense gradients only.
+        pending: numbers of the matrices without a momentum.
+        probes: zeros (m, .) and (n, .) whose `.grad` autograd makes the sketches, or None: dense gradients only.
+        keys: of the test matrices while layers sketch by them, on the device (`rng.key_tensor`).
+        stepped: whether the parameter has been stepped in backward since the last step.
+        ran: whether a layer has put the probes into a graph since the last step.
+    """
+
+    def __init__(
+        self, name: str, param: Tensor, state: dict[str, Tensor], first: FirstWindow, pending: list[int], probed: bool
+    ) -> None:
+        self.name, self.param, self.state, self.first, self.probed = name, param, state, first, probed
+        self.probes: tuple[Tensor, Tensor] | None = None
+        self.keys: Tensor | None = None
+        self._casts: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self.open(pending)
+
+    def serves(self, param: Tensor, state: dict[str, Tensor], first: FirstWindow, probed: bool) -> bool:
+        """Whether this window is the one that these arguments of the constructor ask for."""
+        same = self.param is param and self.state is state and self.first == first and self.probed is probed
+        return same and all(value.device == param.device for value in self.probes or ())
+
+    def open(self, pending: list[int]) -> None:
+        """Begin a window in which the matrices number `pending` have no momentum."""
+        self.pending, self.stepped = pending, False
+        if not pending and self.keys is not None:
+            # A graph kept from the first window then raises; its sketches would go to probes that nobody reads.
+            self.keys.zero_()
+            self.keys = None
+        shape = self.first.shape
+        if not self.probed or (pending and self.first.dense):
+            self.probes = None
+        else:
+            if pending and self.keys is None:
+                self.keys = key_tensor(self.first.keys, self.param.device)
+            right, left = self.first.widths if pending else (self.first.rank, self.first.rank)
+            if self.probes is None or self.probes[0].shape[1] != right:
+                device = self.param.device
+                self.probes = (_leaf(shape.m, right, self.first, device), _leaf(shape.n, left, self.first, device))
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what backward has said so far. The probes stay: a graph made before may be run after."""
+        self._sketches: Pair | None = None
+        self._start: Pair | None = None
+        self.ran = False
+        for probe in self.probes or ():
+            probe.grad = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether no gradient has come."""
+        return self._sketches is None and self._start is None and self._probed() is None
+
+    def _probed(self) -> Pair | None:
+        if self.probes is None or self.probes[0].grad is None:
+            return None
+        return tuple(probe.grad[None] for probe in self.probes if probe.grad is not None)
+
+    def operands(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """Return (right probe, left probe, U, V, None, name), or the same with (None, None, keys) while pending.
+
+        U (m, r) and V (n, r) come in `dtype`, the layer's own, cast once per step; `keys` are `first`'s, on the device.
+        A compiled graph casts them itself, and must not hold what would make it another one for each layer.
+        """
+        assert self.probes is not None
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self.ran = True
+        name = "a compiled layer" if compiling else self.name
+        if self.keys is not None:
+            return *self.probes, None, None, self.keys, name
+        U, V = self.state["U"], self.state["V"]
+        if dtype is not U.dtype and compiling:
+            U, V = U.to(dtype), V.to(dtype)
+        elif dtype is not U.dtype:
+            if dtype not in self._casts:
+                self._casts[dtype] = (U.to(dtype), V.to(dtype))
+            U, V = self._casts[dtype]
+        return *self.probes, U, V, None, name
+
+    def casts(self) -> list[tuple[Tensor, Tensor]]:
+        """Return (copy, original) of the factors that were cast.
+
+        Copies are renewed in place, so that a graph kept over a step raises instead of sketching by old factors.
+        """
+        return [(cast, self.state[key]) for pair in self._casts.values() for cast, key in zip(pair, "UV", strict=True)]
+
+    @torch.no_grad()
+    def add(self, gradient: Tensor) -> None:
+        """Add a dense gradient of the parameter's shape; it is read only."""
+        G = as_matrices(gradient, self.first.shape)
+        batch = self.first.shape.batch
+        if len(self.pending) < batch:
+            U, V = (self.state[key].reshape(batch, -1, self.first.rank) for key in "UV")
+            self._sketches = _plus(self._sketches, sketch(G, U, V))
+        if self.pending:
+            self._start = _plus(self._start, self.first.observe(G if len(self.pending) == batch else G[self.pending]))
+
+    def sketches(self, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sums of (G V, G' U); zeros where no matrix has a momentum. U and V are those of the state."""
+        total = _plus(self._sketches, None if self.pending else self._probed())
+        if total is None:
+            return torch.zeros_like(U), torch.zeros_like(V)
+        GV, GtU = total
+        return GV, GtU
+
+    def start(self, first: FirstWindow, places: Tensor | None) -> Pair:
+        """Hand over the sums of the first window; they are no longer held here."""
+        total = _plus(self._start, self._probed() if self.pending else None)
+        assert total is not None
+        self.clear()
+        return total
+
+    def dense(self) -> Tensor:
+        """Raise ValueError: the gradient was never kept."""
+        raise ValueError(
+            f"the full gradient of {self.name!r} was not kept: detach, or use attach(model, mode='release', "
+            "step_in_backward=True)"
+        )

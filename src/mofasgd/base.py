@@ -1,0 +1,216 @@
+"""Parameters, groups and state of the optimizer: all of it but its steps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mofasgd.attach import Handle
+from mofasgd.momentum import Factors
+from mofasgd.options import Group, check_flag, check_number, check_parameters, complete
+from mofasgd.precision import true_float32
+from mofasgd.state import factored_shape, new_adamw, new_factored, restored, waiting
+
+
+class FactoredOptimizer(Optimizer):
+    """What `MoFaSGD` keeps between steps, and how it is looked at, saved, copied and attached to a model.
+
+    Attributes:
+        state_dtype, stochastic_rounding, solver, seed: as in `MoFaSGD`, which sets them all.
+    """
+
+    state_dtype: torch.dtype
+    stochastic_rounding: bool
+    solver: str
+    seed: int
+    _factored_defaults: Group
+    _adamw_defaults: Group
+    # Host copy of which matrices wait for their start; None until it has been read from the state.
+    _pending: dict[Tensor, list[int]] | None
+    _norm: Tensor | None
+    _nonfinite: Tensor | int
+    _reported: int
+    _handle: Handle | None
+
+    def _step_in_backward(self, index: int, param: Tensor, group: Group) -> None:
+        raise NotImplementedError
+
+    def _reads_gradient(self, group: Group) -> str | None:
+        """Return what makes the step of a group of factored parameters read G itself, or None: its sketches do."""
+        raise NotImplementedError
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """Norm to which the gradient of all parameters is clipped, or None."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        if value is not None:
+            check_number("max_grad_norm", value, 0.0, open_low=True)
+        self._refuse_clipping(value, self._handle is not None and self._handle.stepping)
+        self._max_grad_norm = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as in torch; checks its keys, its values and that its parameters can be factored."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a parameter group should be a dict, not {type(param_group).__name__}")
+        super().add_param_group(complete(param_group, self._factored_defaults, self._adamw_defaults))
+        group = self.param_groups[-1]
+        try:
+            check_parameters(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        self._pending = None
+
+    def _parameters(self) -> Iterator[tuple[int, Tensor, Group]]:
+        """Yield (index as in state_dict, parameter, group)."""
+        pairs = chain.from_iterable(((p, g) for p in g["params"]) for g in self.param_groups)
+        for index, (param, group) in enumerate(pairs):
+            yield index, param, group
+
+    def materialize(self) -> None:
+        """Make the state of every trainable parameter now, pending, without a gradient (for checkpoint libraries)."""
+        for index, param, group in self._parameters():
+            if (param.requires_grad or param.grad is not None) and not self.state[param]:
+                self.state[param] = self._new_state(index, param, group)
+        if self._pending is None:
+            self._pending = waiting({p: s for p, s in self.state.items() if "initialized" in s})
+
+    def _new_state(self, index: int, param: Tensor, group: Group) -> dict[str, Tensor]:
+        self._pending = None
+        if group["algorithm"] == "adamw":
+            return new_adamw(param, self.state_dtype)
+        shape, rank = factored_shape(param, group)
+        return new_factored(param, shape, rank, self.state_dtype)
+
+    def attach(self, model: nn.Module, mode: str = "auto", *, step_in_backward: bool = False) -> Handle:
+        """Sketch the gradients of `model`'s factored parameters during backward and keep nothing else of them.
+
+        `p.grad` stays None for these parameters, and `step()` takes the same step as without, up to rounding.
+        Gradients accumulate over backward passes until `step()` or `zero_grad()` (the model's or the optimizer's).
+
+        Args:
+            model: holds every factored parameter; each of its trainable parameters is in some group.
+            mode: "sketch" for linear and embedding layers whose gradient is then never computed; "release" sketches
+                each gradient when it is complete and frees it; "auto" sketches where possible and releases elsewhere.
+            step_in_backward: with mode="release", step each factored parameter as soon as its gradient is complete:
+                what reads the full gradient works then (`complement`). One backward per step, no `max_grad_norm`.
+
+        Returns:
+            A handle: `detach()` (or leaving its `with` block) restores the model; `print(handle)` shows the modes.
+
+        Raises:
+            ValueError: if model or optimizer is attached already, a parameter is missing in either, a mode cannot
+                serve a parameter, or an option needs a gradient that is not kept.
+        """
+        if self._handle is not None:
+            raise ValueError("this optimizer is attached already: call detach() on its handle first")
+        check_flag("step_in_backward", step_in_backward)
+        if step_in_backward and mode != "release":
+            raise ValueError(f"step_in_backward=True steps by the full gradient: use mode='release', not {mode!r}")
+        self._refuse_clipping(self.max_grad_norm, step_in_backward)
+        self._handle = Handle(model, self, mode, step_in_backward)
+        return self._handle
+
+    def _refuse_full_gradient(self, group: Group) -> None:
+        reason = self._reads_gradient(group)
+        if reason is not None:
+            raise ValueError(
+                f"{reason} needs the full gradient, which sketching never keeps: use attach(model, mode='release', "
+                "step_in_backward=True), or do not attach"
+            )
+
+    def _refuse_clipping(self, value: float | None, stepping: bool) -> None:
+        if value is not None and stepping:
+            raise ValueError(
+                f"max_grad_norm={value} needs the norm of all gradients before the first weight moves: drop it or "
+                "step_in_backward"
+            )
+
+    def _detached(self) -> None:
+        self._handle = None
+
+    def _waiting(self) -> dict[Tensor, list[int]]:
+        self.materialize()
+        assert self._pending is not None
+        return self._pending
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients as in torch, and what attached layers have sketched since the last step."""
+        super().zero_grad(set_to_none)
+        if self._handle is not None:
+            self._handle.clear()
+
+    def grad_norm(self) -> Tensor:
+        """Return the norm of the gradient that the last `step` saw, before clipping: 0-dim float64, on its device.
+
+        Factored parameters count with |Ghat|, or |M_1| in their first window; non-finite ones are left out.
+        """
+        return torch.zeros((), dtype=torch.float64) if self._norm is None else self._norm.clone()
+
+    @property
+    def nonfinite_steps(self) -> int:
+        """Number of steps in which some parameter's gradient was not finite; GradScaler's skipped ones do not count.
+
+        Reading it waits for the device, and warns if the number has grown since it was last read.
+        """
+        count = self._nonfinite = int(self._nonfinite)
+        if count > self._reported:
+            news = f"{count - self._reported} steps had a gradient that was not finite"
+            warnings.warn(f"{news}; the parameters concerned were left as they were", stacklevel=2)
+        self._reported = count
+        return count
+
+    def factors(self, param: Tensor) -> Factors:
+        """Return (U, s, V) of a factored parameter: copies in `state_dtype`; zeros while it is pending.
+
+        Shapes (*lead, m, r), (*lead, r), (*lead, n, r), `lead` being the stacked dimensions.
+        """
+        for index, own, group in self._parameters():
+            if own is param and group["algorithm"] == "mofasgd":
+                if not self.state[param]:
+                    self.state[param] = self._new_state(index, param, group)
+                return Factors(*(self.state[param][key].clone() for key in Factors._fields))
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} has no factors: it is not in a group with algorithm='mofasgd'"
+        )
+
+    def momentum(self, param: Tensor) -> Tensor:
+        """Return the dense first moment M of a factored parameter, in its shape and `state_dtype` (for study)."""
+        U, s, V = self.factors(param)
+        with true_float32(U.device.type):
+            return ((U * s[..., None, :]) @ V.mT).reshape(param.shape)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state_dict and `nonfinite_steps`, an int. Tensors and numbers only."""
+        return {**super().state_dict(), "nonfinite_steps": self.nonfinite_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a copy of a state_dict; floating state stays in `state_dtype`, whatever the dtype of the weights.
+
+        Raises:
+            ValueError: if it does not fit this optimizer; then nothing has changed.
+        """
+        nonfinite = int(state_dict.get("nonfinite_steps", 0)) if isinstance(state_dict, dict) else 0
+        with restored(self, self.state_dtype):
+            super().load_state_dict(state_dict)
+        self._nonfinite = self._reported = nonfinite
+        self._pending = None
+        if self._handle is not None:
+            self._handle.renew()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps only groups and state; copies and pickles need the settings too.
+        settings = "_max_grad_norm state_dtype stochastic_rounding solver seed _factored_defaults _adamw_defaults"
+        kept = {key: self.__dict__[key] for key in (*settings.split(), "_nonfinite", "_reported", "_norm")}
+        parent: dict[str, Any] = super().__getstate__()
+        # A copy is not attached: the model's layers sketch for the original.
+        return {**parent, **kept, "_pending": None, "_handle": None}
