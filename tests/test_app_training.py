@@ -140,6 +140,7 @@ OTHER = {
     "weight_decay": 0.5,
     "complement": 2.0,
     "lr_scale": "match_rms_adamw",
+    "attach": "none",
     "gap": 1,
     "scale": 0.5,
     "max_grad_norm": 1e-3,
@@ -164,6 +165,37 @@ def test_decay_and_betas_reach_every_group(tmp_path, name):
         for group in optimizer.param_groups:
             assert {key: group[key] for key in given if key in group}.items() <= given.items()
             assert "weight_decay" in group
+
+
+def test_attached_training_is_the_same_and_holds_less(tmp_path):
+    held, weights = {}, {}
+    for attach in ("none", "auto", "release"):
+        optimizer = {"name": "mofasgd", "rank": 2, "attach": attach, "max_grad_norm": 0.5}
+        trainer = Trainer(tiny(tmp_path, optimizer=optimizer, micro_batch_size=2))
+        for _ in range(8):
+            trainer.train_step()
+        held[attach] = trainer.gradient_bytes
+        weights[attach] = torch.cat([param.detach().flatten() for param in trainer.model.parameters()])
+    blocks = list(trainer.model.blocks.parameters())
+    # (m + n) r sketches in the place of m n gradients; embedding and head keep theirs.
+    saved = sum(p.numel() - 2 * sum(p.shape) for p in blocks) * 4
+    assert held["none"] - held["auto"] == held["none"] - held["release"] == saved
+    for attach in ("auto", "release"):
+        torch.testing.assert_close(weights[attach], weights["none"], rtol=0, atol=1e-4)
+
+
+def test_the_complement_steps_in_backward_where_it_can(tmp_path):
+    def handle(**options):
+        optimizer = {"name": "mofasgd", "rank": 2, "complement": 1.0} | options.pop("optimizer", {})
+        return Trainer(tiny(tmp_path, optimizer=optimizer, **options)).handle
+
+    assert handle().stepping
+    assert handle(micro_batch_size=2) is None
+    assert handle(optimizer={"max_grad_norm": 1.0}) is None
+    with pytest.raises(ValueError, match="steps during backward: leave out micro_batch_size=2"):
+        handle(micro_batch_size=2, optimizer={"attach": "release"})
+    with pytest.raises(ValueError, match="complement"):
+        handle(optimizer={"attach": "sketch"})
 
 
 def test_settings_and_table_are_complete():

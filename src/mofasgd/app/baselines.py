@@ -106,7 +106,7 @@ METHODS: dict[str, Method] = {
     "mofasgd": Method(
         _mofasgd,
         {"lr": 0.02, "adamw_lr": 3e-3, "rank": 32, **_MOMENTUM, **_ADAM, "weight_decay": 0.0}
-        | {"complement": 0.0, "lr_scale": "spectral", "max_grad_norm": 0.0},
+        | {"complement": 0.0, "lr_scale": "spectral", "attach": "auto", "max_grad_norm": 0.0},
         "this package; `complement: 1` adds the normalized complement",
     ),
     "adamw": Method(

@@ -81,7 +81,7 @@ def _rates(config: CompareConfig, label: str) -> list[float]:
 
 def _execute(job: Job, workers: int) -> dict[str, Any]:
     """Run a job, as one of `workers` at a time; a diverged one has no loss."""
-    result: dict[str, Any] = {"validation_loss": None, "optimizer_state_mb": None, "ms_per_step": None}
+    result: dict[str, Any] = dict.fromkeys(("validation_loss", "optimizer_state_mb", "gradients_mb", "ms_per_step"))
     try:
         result = train(job.config, Display(quiet=workers > 1, label=f"{job.label}, lr {job.lr:g}"))
     except Diverged as error:
@@ -96,7 +96,7 @@ def _execute(job: Job, workers: int) -> dict[str, Any]:
         "jobs": workers,
         "environment": record["sessions"][-1],
         "settings": record["optimizer_settings"],
-        "parameters": record["model"]["parameters"],
+        "weights_mb": record["model"]["megabytes"],
         "data": record["data"],
         **result,
     }
@@ -199,7 +199,7 @@ def _row(config: CompareConfig, label: str, runs: list[dict[str, Any]]) -> dict[
     """Return what is reported of a label: the best learning rate `runs` were made with, mean and spread over seeds."""
     losses, tried, first = [run["validation_loss"] for run in runs], sorted(_rates(config, label)), runs[0]
     return {
-        **{key: first[key] for key in ("label", "lr", "folder", "optimizer_state_mb", "parameters")},
+        **{key: first[key] for key in ("label", "lr", "folder", "optimizer_state_mb", "gradients_mb", "weights_mb")},
         "method": config.methods[label].name,
         # A best value at the end of the grid may not be the best there is.
         "edge": len(tried) > 1 and first["lr"] in (tried[0], tried[-1]),

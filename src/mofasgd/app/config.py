@@ -93,6 +93,9 @@ class OptimizerConfig:
     """of mofasgd: weight of the row-normalized part of the gradient that the momentum cannot hold; 0: the paper's"""
     lr_scale: Literal["none", "spectral", "match_rms_adamw"] | None = None
     """of mofasgd: how the step depends on a matrix's shape"""
+    attach: Literal["auto", "sketch", "release", "none"] | None = None
+    """of mofasgd: how gradients are kept out of memory (docs/attach.md); with a complement each matrix is stepped
+    during backward, where one backward a step and no clipping allow it; none: whole gradients"""
     gap: int | None = None
     """of galore: steps between two SVDs"""
     scale: float | None = None

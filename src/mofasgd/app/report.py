@@ -29,13 +29,19 @@ def _loss(row: Row) -> str:
 def table(rows: Sequence[Row]) -> Table:
     """Return the rows (of `mofasgd.app.compare`) as a table, the lowest loss first; without times if any is unknown."""
     alone = all(row["ms_per_step"] is not None for row in rows if row["validation_loss"] is not None)
-    out = Table("optimizer", "lr", "validation loss", "optimizer state", *(["ms per step"] if alone else []))
+    out = Table(
+        "optimizer", "lr", "validation loss", "gradients", "optimizer state", *(["ms per step"] if alone else [])
+    )
     out.columns[0].no_wrap = True
     for column in out.columns[1:]:
         column.justify = "right"
     for row in sorted(rows, key=by_loss):
         cells = [row["label"], f"{row['lr']:g}{'*' if row['edge'] else ''}", _loss(row)]
-        numbers = [("optimizer_state_mb", ".2f", " MB"), *([("ms_per_step", ".0f", "")] if alone else [])]
+        numbers = [
+            ("gradients_mb", ".2f", " MB"),
+            ("optimizer_state_mb", ".2f", " MB"),
+            *([("ms_per_step", ".0f", "")] if alone else []),
+        ]
         cells += ["-" if row[key] is None else f"{row[key]:{form}}{unit}" for key, form, unit in numbers]
         out.add_row(*cells)
     if any(row["edge"] for row in rows):
@@ -101,15 +107,17 @@ def draw(rows: Sequence[Row], folder: Path, path: Path) -> bool:
     left.grid(alpha=0.3)
     left.legend()
 
-    weights = max(row["parameters"] for row in rows) * 4 / 1e6
     names = [row["label"] for row in rows][::-1]
+    weights = [row["weights_mb"] for row in rows][::-1]
+    gradients = [row["gradients_mb"] or 0.0 for row in rows][::-1]
     state = [row["optimizer_state_mb"] for row in rows][::-1]
-    right.barh(names, [weights] * len(rows), color="0.7", label="weights")
-    right.barh(names, [weights] * len(rows), left=weights, color="0.85", label="gradients")
-    bars = right.barh(names, state, left=2 * weights, color=[colors[name] for name in names])
-    right.bar_label(bars, [f" {value:.2f} MB of state" for value in state])
-    right.set(xlabel="MB (float32 weights, gradients, optimizer state)", title="Memory beside activations")
-    right.set_xlim(0, 1.4 * (2 * weights + max(state)))
+    both = [w + g for w, g in zip(weights, gradients, strict=True)]
+    right.barh(names, weights, color="0.7", label="weights")
+    right.barh(names, gradients, left=weights, color="0.85", label="gradients or sketches held")
+    bars = right.barh(names, state, left=both, color=[colors[name] for name in names])
+    right.bar_label(bars, [f" {g:.1f} + {s:.1f} MB" for g, s in zip(gradients, state, strict=True)])
+    right.set_xlim(0, 1.4 * max(b + s for b, s in zip(both, state, strict=True)))
+    right.set(xlabel="MB (weights, gradients + optimizer state)", title="Memory beside activations")
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     figure.savefig(path, dpi=120)
     plt.close(figure)

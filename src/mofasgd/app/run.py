@@ -122,7 +122,11 @@ class Session:
                 "training_tokens": trainer.train_tokens,
                 "validation_tokens": sum(map(len, trainer.validation)),
             },
-            "model": {"parameters": sum(p.numel() for p in trainer.model.parameters()), "vocab": trainer.vocab_size},
+            "model": {
+                "parameters": sum(p.numel() for p in trainer.model.parameters()),
+                "megabytes": sum(p.nbytes for p in trainer.model.parameters()) / 1e6,
+                "vocab": trainer.vocab_size,
+            },
             "sessions": [*earlier.get("sessions", []), session],
         }
 
@@ -243,6 +247,7 @@ class Session:
             "peak_mb": round(trainer.peak_megabytes(), 1),
             "seconds": round(self.clock.seconds, 2),
             # Of this session; unknown if it had no step to take.
+            "gradients_mb": None if trainer.gradient_bytes is None else round(trainer.gradient_bytes / 1e6, 3),
             "ms_per_step": None if per_step is None else round(1000 * per_step, 2),
         }
         write_json(self.out / "run.json", self.record)

@@ -13,6 +13,7 @@ from mofasgd.app.config import PretrainConfig
 from mofasgd.app.data import Windows, check_vocabulary, evaluation_batches, load
 from mofasgd.app.model import GPT, token_loss
 from mofasgd.app.schedule import apply_schedule, lr_multiplier
+from mofasgd.attach import Handle
 from mofasgd.optimizer import MoFaSGD
 
 SAMPLE = 2**20
@@ -49,6 +50,7 @@ class Trainer:
     Attributes:
         step: optimizer steps done; the data position is step * batch_size windows.
         settings: of the optimizer, defaults filled in.
+        gradient_bytes: held between backward and step, sketches included; known after the last step.
         fingerprint: of the data.
     """
 
@@ -74,6 +76,11 @@ class Trainer:
         if self.precision == "bf16-true":
             for param in self.model.parameters():  # rotations stay float32
                 param.data = param.data.bfloat16()
+        self.optimizers, self.settings = build(self.model, config.optimizer, config.seed)
+        self.handle: Handle | None = None
+        self.gradient_bytes: int | None = None
+        if self.settings.get("attach", "none") != "none":
+            self._attach(self.settings["attach"])
         self.forward: nn.Module = self.model
         if config.compile:
             # Many runs in one process would reach the limit of recompilations and go on without it.
@@ -81,7 +88,30 @@ class Trainer:
             self.forward = torch.compile(self.model)  # type: ignore[assignment]
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.optimizers, self.settings = build(self.model, config.optimizer, config.seed)
+
+    def _attach(self, mode: str) -> None:
+        """Keep gradients out of memory; `mode` as in `OptimizerConfig.attach`."""
+        config, (optimizer,) = self.config, self.optimizers
+        assert isinstance(optimizer, MoFaSGD)
+        if not self.settings["complement"] or mode == "sketch":
+            self.handle = optimizer.attach(self.model, mode=mode)
+            return
+        # The complement reads the gradient itself: a matrix has to be stepped while its gradient exists.
+        whole = config.micro_batch_size in (0, config.batch_size) and not self.settings["max_grad_norm"]
+        if whole:
+            self.handle = optimizer.attach(self.model, mode="release", step_in_backward=True)
+        elif mode == "release":
+            raise ValueError(
+                "optimizer.attach='release' with a complement steps during backward: leave out micro_batch_size="
+                f"{config.micro_batch_size} and optimizer.max_grad_norm={self.settings['max_grad_norm']:g}, or use "
+                "optimizer.attach=none"
+            )
+
+    def _held(self) -> int:
+        """Return the bytes of gradients, or of sketches in their place, between backward and step."""
+        grads = [param.grad for param in self.model.parameters() if param.grad is not None]
+        sketches = 0 if self.handle is None else self.handle.nbytes
+        return sketches + sum(grad.numel() * grad.element_size() for grad in grads)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision != "bf16-mixed":
@@ -108,6 +138,8 @@ class Trainer:
                 loss, _ = token_loss(self.forward, micro)
             (loss / tokens).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
+        if self.step + 1 == config.steps:
+            self.gradient_bytes = self._held()
         clip = self.settings["max_grad_norm"]
         if clip and not isinstance(self.optimizers[0], MoFaSGD):  # which clips by itself
             nn.utils.clip_grad_norm_(self.model.parameters(), clip)

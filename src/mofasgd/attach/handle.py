@@ -212,6 +212,11 @@ class Handle:
         for window in self._windows.values():
             window.clear()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sketches held at present, in place of gradients."""
+        return sum(window.nbytes for window in self._windows.values())
+
     def renew(self) -> None:
         """Bind anew, with empty windows: the optimizer's state or groups have been replaced."""
         self._windows, self._bound = {}, []

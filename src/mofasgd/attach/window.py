@@ -99,6 +99,12 @@ class Window:
         """Whether no gradient has come."""
         return self._sketches is None and self._start is None and self._probed() is None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what has been gathered."""
+        held = (*(self._sketches or ()), *(self._start or ()), *(self._probed() or ()))
+        return sum(t.numel() * t.element_size() for t in held)
+
     def _probed(self) -> Pair | None:
         if self.probes is None or self.probes[0].grad is None:
             return None
