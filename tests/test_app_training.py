@@ -12,6 +12,7 @@ from app_common import metrics, run_quietly, tiny
 from mofasgd.app.baselines import METHODS, table
 from mofasgd.app.config import OptimizerConfig
 from mofasgd.app.model import GPT, rotate, rotation, token_loss
+from mofasgd.app.row_norm import RowNormSGD
 from mofasgd.app.schedule import lr_multiplier
 from mofasgd.app.trainer import Trainer
 
@@ -22,6 +23,62 @@ def model():
     for param in net.parameters():  # away from the zero start
         torch.nn.init.normal_(param, std=0.3)
     return net
+
+
+def rms(x):
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + np.finfo(np.float32).eps)
+
+
+def reference_logits(net, tokens, heads):
+    """The forward pass of one sequence, written anew in numpy with a complex rotation."""
+    weights = {name: param.detach().double().numpy() for name, param in net.named_parameters()}
+    x = rms(weights["embedding.weight"][tokens])
+    time, width = x.shape
+    half = width // heads // 2
+    turn = np.exp(1j * np.arange(time)[:, None] * 10000.0 ** (-np.arange(half) / half))
+    for i in range(len(net.blocks)):
+        inner = {name: weights[f"blocks.{i}.{name}.weight"] for name in ("up", "down")}
+        q, k, v, out = (weights[f"blocks.{i}.attention.{name}.weight"] for name in ("query", "key", "value", "out"))
+        h, mixed = rms(x), np.zeros((time, width))
+        for head in range(heads):
+            part = slice(head * 2 * half, (head + 1) * 2 * half)
+            turned = []
+            for weight in (q, k):
+                y = rms(h @ weight[part].T)
+                # Scores are real parts of products with the conjugate.
+                turned.append((y[:, :half] + 1j * y[:, half:]) * turn)
+            scores = (turned[0] @ turned[1].conj().T).real / np.sqrt(2 * half)
+            scores[np.triu_indices(time, 1)] = -np.inf
+            chances = np.exp(scores - scores.max(axis=1, keepdims=True))
+            mixed[:, part] = chances / chances.sum(axis=1, keepdims=True) @ (h @ v[part].T)
+        x = x + mixed @ out.T
+        x = x + np.maximum(rms(x) @ inner["up"].T, 0) ** 2 @ inner["down"].T
+    return rms(x) @ weights["head.weight"].T
+
+
+def test_the_model_is_what_its_description_says():
+    net, tokens = model(), torch.randint(50, (1, 12))
+    wanted = torch.from_numpy(reference_logits(net, tokens[0].numpy(), heads=2)).float()
+    torch.testing.assert_close(net(tokens)[0], wanted, rtol=1e-4, atol=1e-4)  # float32
+    fresh = GPT(50, 12, layers=2, width=16, heads=2)
+    zero = [name for name, param in fresh.named_parameters() if not param.any()]
+    assert zero == [f"blocks.{i}.{last}.weight" for i in (0, 1) for last in ("attention.out", "down")] + ["head.weight"]
+
+
+def test_row_normalized_sgd_is_its_formula():
+    W, G = torch.randn(6, 4), torch.randn(6, 4)
+    param = torch.nn.Parameter(W.clone())
+    param.grad = G
+    RowNormSGD([param], lr=0.1, weight_decay=0.5).step()
+    E = G / (G**2).sum(dim=1, keepdim=True).sqrt() / 6**0.5
+    # sqrt(min(m, n)) and the spectral scale sqrt(m / n)
+    torch.testing.assert_close(param.detach(), 0.95 * W - 0.1 * 4**0.5 * (6 / 4) ** 0.5 * E)
+
+
+def test_muon_is_the_strong_one(tmp_path):
+    muon, _ = Trainer(tiny(tmp_path, optimizer={"name": "muon"})).optimizers
+    (group,) = muon.param_groups
+    assert (group["nesterov"], group["momentum"], group["adjust_lr_fn"]) == (True, 0.95, None)
 
 
 def test_the_model_is_causal():
