@@ -77,10 +77,11 @@ def arguments(path, **changes):
     return TrainingArguments(**(options | changes))
 
 
-def trainer_of(model, args, callbacks=(), data=None, cls=Trainer, **options):
+def trainer_of(model, args, callbacks=(), model_init=None, **options):
     kwargs = trainer_kwargs(args, **({"rank": 4, "lr": 0.02} | options))
     kwargs["callbacks"] += callbacks
-    return cls(model=model, args=args, train_dataset=data or samples(), eval_dataset=samples(6), **kwargs)
+    data = {"train_dataset": samples(), "eval_dataset": samples(6)}
+    return Trainer(model=model, model_init=model_init, args=args, **data, **kwargs)
 
 
 class Watch(TrainerCallback):
