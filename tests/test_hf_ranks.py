@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from hf_case import arguments, logged, make, trainer_of  # noqa: E402
+from hf_case import arguments, logged, make, trainer_of
 
 
 def test_two_processes_train_alike_and_as_one_does(tmp_path):

@@ -68,7 +68,7 @@ def test_several_gpus_in_one_process_are_refused(tmp_path):
     trainer = trainer_of(make("llama"), arguments(tmp_path))
     trainer.args._n_gpu, trainer.place_model_on_device = 2, False
     trainer._wrap_model = lambda model, *args, **kwargs: model  # DataParallel wants the GPUs
-    with pytest.raises(ValueError, match="2 GPUs in one process.*CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(ValueError, match=r"2 GPUs in one process.*CUDA_VISIBLE_DEVICES"):
         trainer.train()
 
 
@@ -77,7 +77,7 @@ def test_a_trainer_that_got_the_callback_alone_says_so(tmp_path):
     trainer = transformers.Trainer(
         model=make("llama"), args=arguments(tmp_path), train_dataset=samples(), callbacks=kwargs["callbacks"]
     )
-    with pytest.raises(ValueError, match="found AdamW, not MoFaSGD.*optimizer_cls_and_kwargs"):
+    with pytest.raises(ValueError, match=r"found AdamW, not MoFaSGD.*optimizer_cls_and_kwargs"):
         trainer.train()
 
 

@@ -97,16 +97,16 @@ def test_what_the_arguments_say_reaches_the_optimizer_when_training_begins(tmp_p
 
 
 def test_reporters_are_shown_the_optimizers_norm(tmp_path, monkeypatch):
-    class Reporter(transformers.TrainerCallback):
-        shown = []
+    shown = []
 
+    class Reporter(transformers.TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
-            self.shown += [logs["grad_norm"]] if "grad_norm" in logs else []
+            shown.extend([logs["grad_norm"]] if "grad_norm" in logs else [])
 
     monkeypatch.setattr("transformers.trainer.get_reporting_integration_callbacks", lambda report_to: [Reporter])
     watch = Watch()
     trainer_of(make("llama"), arguments(tmp_path, max_steps=3), [watch]).train()
-    assert Reporter.shown == watch.norms
+    assert shown == watch.norms
 
 
 class Limits(transformers.TrainerCallback):
@@ -197,7 +197,7 @@ def test_the_best_model_comes_back_and_checkpoints_are_a_plain_models(tmp_path):
 
 def test_complement_trains_dense(tmp_path):
     args = arguments(tmp_path, max_steps=2)
-    with pytest.raises(ValueError, match="complement=1.0 needs the full gradient.*attach='none'"):
+    with pytest.raises(ValueError, match=r"complement=1\.0 needs the full gradient.*attach='none'"):
         trainer_of(make("llama"), args, complement=1.0).train()
     model = make("llama")
     trainer_of(model, args, complement=1.0, attach="none").train()

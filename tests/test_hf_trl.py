@@ -66,7 +66,9 @@ def test_dpo(tmp_path):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     kwargs = trainer_kwargs(args, rank=4, lr=0.02)
     kwargs["callbacks"].append(watch)
-    data = datasets.Dataset.from_dict({"prompt": [text + " " for text in texts(1)], "chosen": texts(2), "rejected": texts(3)})
+    data = datasets.Dataset.from_dict(
+        {"prompt": [text + " " for text in texts(1)], "chosen": texts(2), "rejected": texts(3)}
+    )
     trainer = trl.DPOTrainer(
         model=model,
         ref_model=make("llama"),

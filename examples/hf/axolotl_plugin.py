@@ -3,8 +3,9 @@
 Its `optimizer:` stays at any value of Axolotl's list; this plugin replaces what it names.
 """
 
-import mofasgd.hf
 from axolotl.integrations.base import BasePlugin
+
+import mofasgd.hf
 
 RANK, LR = 32, 0.02
 
