@@ -24,15 +24,15 @@ MUTANTS = [
     (
         "args stay changed between steps",
         "hf/callback.py",
-        '        """Have the optimizer clip."""\n        self._give_back()\n',
-        '        """Have the optimizer clip."""\n        args = self._lent and type("Old", (), {"max_grad_norm": self._lent[1]})\n',
+        "args.max_grad_norm, self._lent = value, None",
+        "self._lent = None",
         "test_hf_trainer.py::test_the_arguments_are_the_users_but_while_gradients_are_gathered",
     ),
     (
         "an interrupted train() loses the user's max_grad_norm",
         "hf/callback.py",
-        "detached.\"\"\"\n        self._give_back()\n",
-        "detached.\"\"\"\n        self._lent = None\n",
+        'detached."""\n        self._give_back()\n',
+        'detached."""\n        self._lent = None\n',
         "test_hf_trainer.py::test_an_interrupted_window_is_no_part_of_the_next_training",
     ),
     (
@@ -46,7 +46,7 @@ MUTANTS = [
         "the log shows the norm of p.grad",
         "hf/callback.py",
         'logs["grad_norm"] = real_optimizer',
-        'other = real_optimizer',
+        "other = real_optimizer",
         "test_hf_trainer.py::test_reporters_are_shown_the_optimizers_norm",
     ),
     (
