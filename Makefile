@@ -1,5 +1,5 @@
 # Both set-up commands of the README: each makes .venv by itself.
-#   make demo      train the byte GPT with MoFaSGD and with AdamW on Python's own help texts
+#   make demo      train a small GPT on Python's own help texts with five optimizers; table and runs/demo/report.png
 #   make test      what CI runs: lint, types, tests with coverage
 #   make test-all  the slow tier as well (mutants)
 PYTHON ?= python3
@@ -18,8 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY)
-	$(BIN)/python examples/train_gpt.py --optimizer mofasgd --complement 2 --steps 150
-	$(BIN)/python examples/train_gpt.py --optimizer adamw --steps 150
+	$(BIN)/mofasgd compare --config configs/demo.yaml
 
 lint: $(READY)
 	$(BIN)/ruff check --quiet .

@@ -25,6 +25,7 @@ LAYERS = [
     {"optimizer"},
     {"paper", "hf"},
     {"app"},
+    {"cli"},
 ]
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from app_mutants import APP_MUTANTS
 
 ROOT = Path(__file__).parents[1]
 
@@ -426,6 +427,8 @@ MUTANTS = [
         "test_attach_life.py::test_an_old_handle_does_not_touch_a_new_attachment",
     ),
 ]
+
+MUTANTS += APP_MUTANTS
 
 
 def run(source, test):

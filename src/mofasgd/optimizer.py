@@ -167,6 +167,8 @@ class MoFaSGD(FactoredOptimizer):
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | int | None = getattr(self, "found_inf", None)
         if self._handle is not None and not (grad_scale is None and found_inf is None):
+            # GradScaler takes them back after a step only; a later one without it would read them.
+            vars(self).pop("grad_scale", None), vars(self).pop("found_inf", None)
             raise ValueError("GradScaler cannot unscale sketches of an attached model: use bfloat16, or detach()")
         loss = None
         if closure is not None:

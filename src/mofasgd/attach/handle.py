@@ -169,6 +169,9 @@ class Handle:
                 mixin = mixin_for(layer)
                 assert mixin is not None
                 swap_in(layer, mixin, _mofasgd_window=window)
+        # What was frozen since keeps its gradient until the step, as a `p.grad` would.
+        left = {p: w for p, w in before.items() if p in places and p not in self._windows and not w.empty}
+        self._windows |= left
         swap_in(self._model, Root, _mofasgd_handle=self)
 
     def _step(self, index: int, param: Tensor, group: Group) -> None:
@@ -220,6 +223,7 @@ class Handle:
         assert owner is not None
         pending = owner._waiting()
         casts = []
+        self._windows = {param: window for param, window in self._windows.items() if param in self._hooks}
         for param, window in self._windows.items():
             window.open(pending.get(param, []))
             casts += window.casts()

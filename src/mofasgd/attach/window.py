@@ -1,12 +1,12 @@
 """The sketches of one parameter's gradient between two steps.
 
-==================  =========================  =============================================
-matrix              right sketch (b, m, .)     left sketch (b, n, .)
-==================  =========================  =============================================
-with a momentum     GV  = G V        r columns  GtU = G' U      r columns
-in its first window Y   = G Omega    l columns  Z   = G' Psi    k columns
-small, in its first the gradient itself, b m n numbers (`momentum.starts_from_gradient`)
-==================  =========================  =============================================
+===================  ===============================  ================================
+matrix               right sketch (b, m, .)           left sketch (b, n, .)
+===================  ===============================  ================================
+with a momentum      G V, r columns                   G' U, r columns
+in its first window  Y = G Omega, l columns           Z = G' Psi, k columns
+small, in its first  G itself (b, m, n): `momentum.starts_from_gradient`
+===================  ================================================================
 
 All are linear in G and U, V stand still between two steps, so the sketches of micro-batches, of several uses of a
 weight and of whatever dense gradient still reaches it add up. They are by all columns of the stored U and V, without

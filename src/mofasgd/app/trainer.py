@@ -1,0 +1,172 @@
+"""Model, optimizers and data of one run: a training step, an evaluation, and their whole state."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mofasgd.app.baselines import build, state_bytes
+from mofasgd.app.config import PretrainConfig
+from mofasgd.app.data import Windows, check_vocabulary, evaluation_batches, load
+from mofasgd.app.model import GPT, token_loss
+from mofasgd.app.schedule import apply_schedule, lr_multiplier
+from mofasgd.optimizer import MoFaSGD
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device; "auto" is the accelerator if there is one."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if found is None else found
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={name!r} is not usable here ({reason}): try device=auto") from error
+    return device
+
+
+def _vocabulary(asked: int, known: int) -> int:
+    """Return the model's vocabulary; ValueError if tokens have no row, or nothing says how many there are."""
+    if asked == 0 and known == 0:
+        raise ValueError(
+            "model.vocab_size is not given and .bin shards do not say it: set it, 50304 for GPT-2 tokens (FineWeb)"
+        )
+    if asked and known > asked:
+        raise ValueError(f"model.vocab_size={asked} is smaller than the tokenizer's vocabulary {known}: raise it")
+    return asked or -(-known // 64) * 64
+
+
+class Trainer:
+    """One run's model, optimizers and data.
+
+    Attributes:
+        step: optimizer steps done; the data position is step * batch_size windows.
+        settings: of the optimizer, defaults filled in.
+        fingerprint: of the data.
+    """
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config, self.step = config, 0
+        self.device = choose_device(config.device)
+        corpus, self.validation = load(config.data)
+        self.fingerprint, self.train_tokens = corpus.fingerprint, corpus.tokens
+        self.windows = Windows(corpus.shards, config.data.context, config.seed)
+        self.vocab_size = _vocabulary(config.model.vocab_size, corpus.vocab_size)
+
+        torch.manual_seed(config.seed)
+        size = config.model
+        self.model = GPT(
+            self.vocab_size, config.data.context, layers=size.layers, width=size.width, heads=size.heads
+        ).to(self.device)
+        self.precision = config.precision
+        if self.precision == "auto":
+            self.precision = "float32" if self.device.type == "cpu" else "bf16-mixed"
+        if self.precision == "bf16-true":
+            for param in self.model.parameters():  # rotations stay float32
+                param.data = param.data.bfloat16()
+        self.forward: nn.Module = self.model
+        if config.compile:
+            # Many runs in one process would reach the limit of recompilations and go on without it.
+            torch.compiler.reset()
+            self.forward = torch.compile(self.model)  # type: ignore[assignment]
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.optimizers, self.settings = build(self.model, config.optimizer, config.seed)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.precision != "bf16-mixed":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _to_device(self, windows: Tensor) -> Tensor:
+        check_vocabulary(windows, self.vocab_size)
+        if self.device.type == "cuda":
+            windows = windows.pin_memory()
+        return windows.to(self.device, non_blocking=True)
+
+    def train_step(self) -> Tensor:
+        """Take one optimizer step; return the mean loss per token before it, 0-dim on the device."""
+        config = self.config
+        multiplier = lr_multiplier(self.step, config.steps, config.warmup, config.cooldown)
+        apply_schedule(self.optimizers, self.settings, multiplier, self.step)
+        windows = self._to_device(self.windows.batch(self.step * config.batch_size, config.batch_size))
+        # By the tokens of the whole step: the result does not depend on the micro-batches.
+        tokens = windows[:, 1:].numel()
+        total = torch.zeros((), device=self.device)
+        for micro in torch.split(windows, config.micro_batch_size or config.batch_size):
+            with self._autocast():
+                loss, _ = token_loss(self.forward, micro)
+            (loss / tokens).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        clip = self.settings["max_grad_norm"]
+        if clip and not isinstance(self.optimizers[0], MoFaSGD):  # which clips by itself
+            nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        return total / tokens
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Return the validation loss in nats per token."""
+        config = self.config
+        size = config.micro_batch_size or config.batch_size
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        count = torch.zeros((), dtype=torch.int64, device=self.device)
+        for windows in evaluation_batches(self.validation, config.data.context, size, config.eval_tokens):
+            with self._autocast():
+                batch_loss, batch_count = token_loss(self.forward, self._to_device(windows))
+            loss += batch_loss
+            count += batch_count
+        return float(loss / count)
+
+    def state(self) -> dict[str, Any]:
+        """Return all that a run needs to go on, tensors and plain values only."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "rng": rng,
+            "data": {"fingerprint": self.fingerprint, "windows": self.step * self.config.batch_size},
+        }
+
+    def restore(self, content: dict[str, Any]) -> None:
+        """Take over a checkpoint.
+
+        Raises:
+            ValueError: if it was made with other data.
+        """
+        if content["data"]["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                "the data is not what the run was started with (its checksum differs): put it back, or start "
+                "another run with another --out"
+            )
+        self.model.load_state_dict(content["model"])
+        for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        torch.set_rng_state(content["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in content["rng"]:
+            torch.cuda.set_rng_state(content["rng"]["cuda"], self.device)
+        self.step = content["step"]
+
+    def state_megabytes(self) -> float:
+        """Return the size of the optimizers' state in MB (10^6 bytes)."""
+        return state_bytes(self.optimizers) / 1e6
+
+    def peak_megabytes(self) -> float:
+        """Return the peak memory in MB: allocated on a GPU, resident on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e6
+        import resource
+        import sys
+
+        # Kilobytes on Linux, bytes on a Mac.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6

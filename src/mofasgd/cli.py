@@ -1,0 +1,99 @@
+"""The command line `mofasgd COMMAND`: one table; the typed configuration of a command is its flags and their help."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import re
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from mofasgd.app.errors import Stopped
+from mofasgd.options import did_you_mean
+
+COMMANDS = {
+    "pretrain": "mofasgd.app.run:pretrain",
+    "compare": "mofasgd.app.compare:compare",
+}
+"""Command -> function of one configuration dataclass; imported when asked for. Its docstring is the command's help."""
+
+Command = Callable[[Any], None]
+
+_UNKNOWN = re.compile(r"(?:unrecognized arguments: |accept option |Option )'?(?:--)?([\w.]+)")
+_GROUP = re.compile(r"Group '([\w.]+)'")
+
+
+def _load(command: str) -> Command:
+    module, name = COMMANDS[command].split(":")
+    try:
+        function: Command = getattr(importlib.import_module(module), name)
+        importlib.import_module("jsonargparse")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("mofasgd"):
+            raise
+        raise ValueError(f"{error}: install the application with pip install 'mofasgd[train]'") from error
+    return function
+
+
+def _parser(command: str, function: Command, kind: type) -> Any:
+    """Return the command's parser for the dataclass `kind`; its errors are one line with the nearest known key."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+    class Parser(jsonargparse.ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            unknown, group = _UNKNOWN.search(message), _GROUP.search(message)
+            if unknown:
+                word = f"{group[1]}.{unknown[1]}" if group else unknown[1]
+                message += did_you_mean(word, tuple(action.dest for action in self._actions))
+            self.exit(2, f"mofasgd {command}: error: {' '.join(message.split())}\n")
+
+    parser = Parser(prog=f"mofasgd {command}", description=function.__doc__)
+    parser.add_argument("--config", action="config", help="YAML file with the keys below; flags override it")
+    parser.add_class_arguments(kind, None)
+    epilog = getattr(sys.modules[function.__module__], "help_epilog", None)
+    if epilog is not None:
+        parser.epilog = epilog()
+    return parser
+
+
+def _usage() -> str:
+    lines = [f"    {command:10s} {(_load(command).__doc__ or '').splitlines()[0]}" for command in COMMANDS]
+    return "\n".join(
+        ["usage: mofasgd COMMAND [--config FILE.yaml] [--KEY VALUE ...]", "", *lines, "", "mofasgd COMMAND --help"]
+    )
+
+
+def _run(command: str, arguments: Sequence[str]) -> None:
+    function = _load(command)
+    kind = typing.get_type_hints(function)["config"]
+    parser = _parser(command, function, kind)
+    values = dict(parser.instantiate(parser.parse_args(arguments)))
+    values.pop("config")
+    function(kind(**values))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit status: 0 done, 1 failed or stopped (one line says why), 2 a wrong call."""
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        if command in ("-h", "--help"):
+            print(_usage())
+        elif command == "--version":
+            print(f"mofasgd {importlib.metadata.version('mofasgd')}")
+        elif command not in COMMANDS:
+            print(f"mofasgd: error: no command {command!r}{did_you_mean(command, tuple(COMMANDS))}", file=sys.stderr)
+            return 2
+        else:
+            _run(command, rest)
+    except (ValueError, OSError, Stopped) as error:
+        print(f"mofasgd {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""The command line: configurations, help, and mistakes that end in one clear line."""
+
+import dataclasses
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+from app_common import tiny, write_config
+
+from mofasgd import cli
+from mofasgd.app.baselines import METHODS, resolve
+from mofasgd.app.compare import check
+from mofasgd.app.config import CompareConfig, PretrainConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+def parse(command, *arguments):
+    """Return the configuration that `mofasgd COMMAND ARGUMENTS` would run."""
+    function = cli._load(command)
+    kind = typing.get_type_hints(function)["config"]
+    parser = cli._parser(command, function, kind)
+    values = dict(parser.instantiate(parser.parse_args([str(a) for a in arguments])))
+    del values["config"]
+    return kind(**values)
+
+
+def failure(capsys, *arguments):
+    """Return the exit status and the error line of `mofasgd ARGUMENTS`."""
+    try:
+        status = cli.main([str(a) for a in arguments])
+    except SystemExit as end:
+        status = end.code
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert "Traceback" not in error
+    return status, error
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_shipped_config_is_valid(path):
+    keys = yaml.safe_load(path.read_text())
+    if "methods" in keys:
+        config = parse("compare", "--config", path)
+        check(config)
+        assert list(config.methods) == list(keys["methods"])
+        return
+    resolve(parse("pretrain", "--config", path).optimizer)
+
+
+def test_flags_override_the_file(tmp_path):
+    path = write_config(tiny(tmp_path, steps=30), tmp_path / "a.yaml")
+    config = parse("pretrain", "--config", path, "--optimizer.rank", 2, "--data.train", "pydoc", "--seed", 7)
+    assert (config.steps, config.optimizer.rank, config.data.train, config.seed) == (30, 2, ["pydoc"], 7)
+    assert config.optimizer.name == "mofasgd"
+    several = parse("pretrain", "--data.train", "[a.txt, b.txt]", "--optimizer.betas", "[0.8, 0.9]")
+    assert (several.data.train, several.optimizer.betas) == (["a.txt", "b.txt"], (0.8, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizer.lrr", 1], "did you mean 'optimizer.lr'"),
+        (["--stesp", 1], "did you mean 'steps'"),
+        (["--steps", "many"], "steps"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--steps", 0], "steps=0 should be a whole number of at least 1"),
+        (["--model.width", 100], "model.width=100 is no multiple of 2 * heads = 12"),
+        (["--data.train", "nowhere.txt"], "data.train=nowhere.txt: there is no such file or folder"),
+        (["--optimizer.name", "adamw", "--optimizer.rank", 4], "optimizer.rank=4 does not apply to adamw"),
+        (["--tensorboard", "perhaps"], "tensorboard"),
+    ],
+)
+def test_a_wrong_call_ends_in_one_line(capsys, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, error = failure(capsys, "pretrain", *arguments)
+    assert status in (1, 2)
+    assert message in error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("optimizer: {lrr: 3}", "did you mean 'optimizer.lr'"),
+        ("stepz: 3", "did you mean 'steps'"),
+        ("optimizer: {lr: 3", "parsing"),
+    ],
+)
+def test_a_wrong_file_ends_in_one_line(capsys, tmp_path, content, message):
+    (tmp_path / "a.yaml").write_text(content)
+    status, error = failure(capsys, "pretrain", "--config", tmp_path / "a.yaml")
+    assert status == 2
+    assert message in error
+
+
+def test_a_wrong_comparison_ends_in_one_line(capsys, tmp_path):
+    cases = [
+        ("methods: {A: {name: adamw, lrx: 3}}", "did you mean"),
+        ("methods: {A: {name: adamw, rank: 3}}", "optimizer.rank=3 does not apply"),
+        ("{methods: {A: {name: adamw}}, lrs: {B: [1]}}", "lrs has the label 'B'"),
+        ("{methods: {A: {name: adamw}}, seeds: []}", "seeds=[]"),
+        ("{methods: {A: {name: adamw}}, jobs: 0}", "jobs=0"),
+        ("jobs: 1", "methods is empty"),
+    ]
+    for content, message in cases:
+        (tmp_path / "a.yaml").write_text(content)
+        status, error = failure(capsys, "compare", "--config", tmp_path / "a.yaml", "--out", tmp_path / "out")
+        assert status in (1, 2)
+        assert message in error
+
+
+def test_commands(capsys):
+    assert failure(capsys, "pretrian")[1].endswith("did you mean 'pretrain'?\n")
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"    {command} " in text for command in cli.COMMANDS)
+    assert cli.main(["--version"]) == 0
+
+
+def fields(kind, prefix=""):
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from fields(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+@pytest.mark.parametrize(("command", "kind"), [("pretrain", PretrainConfig), ("compare", CompareConfig)])
+def test_the_help_explains_every_key(command, kind):
+    parser = cli._parser(command, cli._load(command), kind)
+    explained = {action.dest: action.help for action in parser._actions}
+    for name in fields(kind):
+        assert explained[name], name
+    if command == "pretrain":
+        assert all(f"{method}: " in parser.format_help() for method in METHODS)
+
+
+def test_the_module_is_a_program():
+    done = subprocess.run([sys.executable, "-m", "mofasgd.cli", "nothing"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no command 'nothing'" in done.stderr
+
+
+def test_without_the_extra_the_fix_is_named():
+    script = (
+        "import sys; sys.modules['jsonargparse'] = None; from mofasgd.cli import main; sys.exit(main(['pretrain']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "pip install 'mofasgd[train]'" in done.stderr

@@ -1,0 +1,246 @@
+"""Runs of the application that are interrupted, killed, refused or out of disk: what was reached is never lost."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from app_common import final_weights, metrics, run_quietly, tiny, write_config
+
+from mofasgd.app import checkpoint
+from mofasgd.app.baselines import METHODS
+from mofasgd.app.errors import Diverged, Stopped
+from mofasgd.app.run import plain
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def start(config, folder, prelude=""):
+    """Start `mofasgd pretrain` on `config` in a process of its own."""
+    path = write_config(config, folder / "config.yaml")
+    script = f"{prelude}\nimport sys; from mofasgd.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, "pretrain", "--config", str(path)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+def interrupt_after(monkeypatch, steps):
+    """Let the process receive SIGINT in step number `steps`."""
+    from mofasgd.app.trainer import Trainer
+
+    original = Trainer.train_step
+
+    def train_step(self):
+        if self.step == steps - 1:
+            signal.raise_signal(signal.SIGINT)
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, monkeypatch, name):
+    optimizer = {"name": name} | ({"rank": 4} if "rank" in METHODS[name].defaults else {})
+    if "beta_warmup_steps" in METHODS[name].defaults:
+        optimizer["beta_warmup_steps"] = 6
+    run_quietly(tiny(tmp_path, optimizer=optimizer, out=tmp_path / "whole"))
+    config = tiny(tmp_path, optimizer=optimizer)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        with pytest.raises(
+            Stopped, match=r"SIGINT at step 3: saved. Go on with: mofasgd pretrain --config .*config.yaml"
+        ):
+            run_quietly(config)
+    assert [step for step, _ in checkpoint.checkpoints(tmp_path / "run" / "checkpoints")] == [3]
+    config.resume = True
+    run_quietly(config)
+    assert equal(final_weights(tmp_path / "whole"), final_weights(tmp_path / "run"))
+    # The interruption adds a log line; what both have is equal, evaluations among it.
+    whole, resumed = metrics(tmp_path / "whole"), metrics(tmp_path / "run")
+    assert [line for line in resumed if "validation_loss" in line] == [x for x in whole if "validation_loss" in x]
+    assert resumed[-2:] == whole[-2:]
+
+
+def test_the_printed_command_goes_on(tmp_path):
+    process = start(tiny(tmp_path, steps=2000, log_every=1), tmp_path)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not metrics(tmp_path / "run"):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert error.count("\n") == 1
+    words = error.split("Go on with: mofasgd ")[1].split()
+    assert words[0] == "pretrain"
+    done = int(error.split("at step ")[1].split(":")[0])
+    again = [sys.executable, "-m", "mofasgd.cli", *words]
+    process = subprocess.Popen(again, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    for line in process.stdout:  # the first line is of a step after the interruption
+        assert int(line.split()[1]) > done
+        break
+    process.kill()
+    process.communicate()
+
+
+def test_lines_of_steps_that_are_taken_again_are_dropped(tmp_path):
+    run_quietly(tiny(tmp_path, checkpoint_every=4, keep_checkpoints=5))
+    whole = metrics(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step-00000008.pt").unlink()
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')  # a kill cut it off
+    run_quietly(tiny(tmp_path, resume=True))
+    assert metrics(tmp_path / "run") == whole
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path):
+    first = run_quietly(tiny(tmp_path))
+    assert run_quietly(tiny(tmp_path, resume=True)) == first
+    with pytest.raises(ValueError, match="holds a run already: add --resume true"):
+        run_quietly(tiny(tmp_path))
+
+
+def test_resume_refuses_another_run_and_other_data(tmp_path):
+    run_quietly(tiny(tmp_path))
+    cases = [
+        ({"steps": 9}, "steps=9 was 8 in the run to be resumed"),
+        ({"optimizer": {"name": "mofasgd", "rank": 5}}, "optimizer.rank=5 was 4"),
+        ({"data": {"context": 8}}, "data.context=8 was 16"),
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            run_quietly(tiny(tmp_path, resume=True, **options))
+    (tmp_path / "text.txt").write_bytes((tmp_path / "text.txt").read_bytes() + b"!")
+    with pytest.raises(ValueError, match="the data is not what the run was started with"):
+        run_quietly(tiny(tmp_path, resume=True))
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path):
+    run_quietly(tiny(tmp_path, checkpoint_every=2, keep_checkpoints=2))
+    assert [step for step, _ in checkpoint.checkpoints(tmp_path / "run" / "checkpoints")] == [8, 6]
+    run_quietly(tiny(tmp_path, out=tmp_path / "light", save_last=False))
+    assert checkpoint.checkpoints(tmp_path / "light" / "checkpoints") == []
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
+def test_a_damaged_checkpoint_is_told_and_nothing_is_removed(tmp_path, damage):
+    run_quietly(tiny(tmp_path, checkpoint_every=6))
+    path = tmp_path / "run" / "checkpoints" / "step-00000008.pt"
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        weight = final_weights(tmp_path / "run")["head.weight"].numpy().tobytes()
+        content[bytes(content).index(weight[:64]) + 10] ^= 1
+    path.write_bytes({"truncate": content[: len(content) // 2], "empty": b""}.get(damage, content))
+    with pytest.raises(ValueError, match=r"step-00000008.pt cannot be read .*: delete it to resume from step 6"):
+        run_quietly(tiny(tmp_path, resume=True))
+    path.unlink()
+    run_quietly(tiny(tmp_path, resume=True))
+    run_quietly(tiny(tmp_path, out=tmp_path / "whole"))
+    assert equal(final_weights(tmp_path / "whole"), final_weights(tmp_path / "run"))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    whole = tiny(tmp_path, out=tmp_path / "whole")
+    run_quietly(whole)
+    size = (tmp_path / "whole" / "checkpoints" / "step-00000008.pt").stat().st_size
+    # Files may grow to the size of a checkpoint less a little, from the second checkpoint on.
+    prelude = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from mofasgd.app import checkpoint; save = checkpoint.save\n"
+        "def limited(folder, step, *rest):\n"
+        f"    if step == 6: resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size}))\n"
+        "    return save(folder, step, *rest)\n"
+        "checkpoint.save = limited"
+    )
+    process = start(tiny(tmp_path, checkpoint_every=3), tmp_path, prelude)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert error.count("\n") == 1
+    assert "step 6 could not be saved" in error
+    assert "the checkpoint of step 3 is whole" in error
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003.pt"]
+    run_quietly(tiny(tmp_path, resume=True))
+    assert equal(final_weights(tmp_path / "whole"), final_weights(tmp_path / "run"))
+
+
+def test_divergence_ends_the_run_and_says_what_to_lower(tmp_path):
+    config = tiny(tmp_path, optimizer={"name": "sgd", "lr": 1e30, "max_grad_norm": 0.0})
+    with pytest.raises(Diverged, match=r"the loss is (nan|inf) at step \d.*Lower optimizer.lr=1e\+30"):
+        run_quietly(config)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_run_records_where_and_with_what_it_ran(tmp_path):
+    result = run_quietly(tiny(tmp_path))
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["result"] == result
+    assert record["config"] == plain(tiny(tmp_path))
+    session = record["sessions"][0]
+    assert session["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert {"git", "dirty", "source", "device", "command", "python"} <= session.keys()
+    assert len(record["data"]["sha256"]) == 64
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved == plain(tiny(tmp_path))
+    state = torch.load(max((tmp_path / "run" / "checkpoints").iterdir()), weights_only=True)["optimizers"]
+    tensors = [value for part in state for values in part["state"].values() for value in values.values()]
+    assert result["optimizer_state_mb"] == pytest.approx(
+        sum(t.numel() * t.element_size() for t in tensors) / 1e6, abs=1e-3
+    )
+
+
+# The process kills itself: in step number `after`, or with a `share` of checkpoint number `after` on the disk.
+KILL_IN_STEP = """
+import os, mofasgd.app.trainer as module
+step, left = module.Trainer.train_step, [2 * after]
+def train_step(self):
+    left[0] -= 1
+    return step(self) if left[0] else os.kill(os.getpid(), 9)
+module.Trainer.train_step = train_step
+"""
+KILL_IN_SAVE = """
+import io, os, torch
+save, left = torch.save, [after]
+def save_some(content, out):
+    left[0] -= 1
+    if left[0]:
+        return save(content, out)
+    whole = io.BytesIO()
+    save(content, whole)
+    out.write(whole.getvalue()[: int(len(whole.getvalue()) * share)])
+    out.flush()
+    os.kill(os.getpid(), 9)
+torch.save = save_some
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_a_killed_run_ends_with_the_same_weights(tmp_path, seed):
+    """SIGKILL up to five times, every second time while a checkpoint is being written."""
+    options = {"steps": 60, "checkpoint_every": 2, "log_every": 5, "eval_every": 20}
+    run_quietly(tiny(tmp_path, out=tmp_path / "whole", **options))
+    chance = random.Random(seed)
+    kills = 0
+    for attempt in range(10):
+        config = tiny(tmp_path, resume=attempt > 0, **options)
+        prelude = [KILL_IN_STEP, KILL_IN_SAVE][attempt % 2]
+        prelude = f"after, share = {chance.randint(1, 8)}, {chance.random()}\n{prelude}"
+        process = start(config, tmp_path, prelude if kills < 5 else "")
+        _, error = process.communicate(timeout=120)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, error
+        kills += 1
+    assert kills >= 3
+    assert equal(final_weights(tmp_path / "whole"), final_weights(tmp_path / "run"))
+    assert [x for x in metrics(tmp_path / "run") if "validation_loss" in x] == [
+        x for x in metrics(tmp_path / "whole") if "validation_loss" in x
+    ]
