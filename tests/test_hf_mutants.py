@@ -17,7 +17,7 @@ MUTANTS = [
     (
         "nobody clips",
         "hf/callback.py",
-        ".max_grad_norm = args.max_grad_norm or None",
+        ".max_grad_norm = limit if limit and limit > 0 else None",
         "",
         "test_hf_trainer.py::test_a_trainer_takes_the_steps_of_a_loop_without_one",
     ),
@@ -59,15 +59,22 @@ MUTANTS = [
     (
         "reporters come first",
         "hf/callback.py",
-        "return [*ours, *others,",
-        "return [*others, *ours,",
+        "First([*ours, *others,",
+        "First([*others, *ours,",
+        "test_hf_trainer.py::test_reporters_are_shown_the_optimizers_norm",
+    ),
+    (
+        "a user's list of callbacks is as good",
+        "hf/callback.py",
+        "return First([*self, *others])",
+        "return [*self, *others]",
         "test_hf_trainer.py::test_reporters_are_shown_the_optimizers_norm",
     ),
     (
         "the user's callbacks are lost",
         "hf/callback.py",
-        ", *(callback for callback in self if callback not in ours)]",
-        "]",
+        ", *(callback for callback in self if callback not in ours)])",
+        "])",
         "test_hf_trainer.py::test_trained_twice_a_model_is_attached_twice_and_free_in_between",
     ),
     (

@@ -58,6 +58,11 @@ def test_setups_that_would_train_wrongly_are_refused_when_training_begins(setup,
         transformers.Trainer(model=model, args=arguments(tmp_path, max_steps=1), **options).train()
 
 
+def test_fp16_is_refused_for_real(tmp_path):
+    with pytest.raises(ValueError, match=r"fp16 needs a GradScaler.*bf16=True"):
+        trainer_of(make("llama"), arguments(tmp_path, fp16=True)).train()
+
+
 def test_dense_training_may_have_a_grad_scaler_and_several_processes(monkeypatch):
     for setup in (state(precision="fp16"), state("MULTI_GPU", 8)):
         monkeypatch.setattr("mofasgd.hf.support.AcceleratorState", setup)

@@ -10,6 +10,8 @@ transformers = pytest.importorskip("transformers")
 from hf_case import STEPS, Watch, arguments, by_hand, logged, make, samples, trainer_of  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
+from mofasgd.hf import trainer_kwargs  # noqa: E402
+
 
 def same(model, other):
     return all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
@@ -96,7 +98,8 @@ def test_what_the_arguments_say_reaches_the_optimizer_when_training_begins(tmp_p
     assert (adamw["betas"], adamw["eps"], opt.seed, opt.defaults["lr"]) == ((0.9, 0.97), 1e-7, 5, 2e-3)
 
 
-def test_reporters_are_shown_the_optimizers_norm(tmp_path, monkeypatch):
+@pytest.mark.parametrize("joined", [lambda ours, more: ours + more, lambda ours, more: more + ours])
+def test_reporters_are_shown_the_optimizers_norm(joined, tmp_path, monkeypatch):
     shown = []
 
     class Reporter(transformers.TrainerCallback):
@@ -104,8 +107,10 @@ def test_reporters_are_shown_the_optimizers_norm(tmp_path, monkeypatch):
             shown.extend([logs["grad_norm"]] if "grad_norm" in logs else [])
 
     monkeypatch.setattr("transformers.trainer.get_reporting_integration_callbacks", lambda report_to: [Reporter])
-    watch = Watch()
-    trainer_of(make("llama"), arguments(tmp_path, max_steps=3), [watch]).train()
+    args, watch = arguments(tmp_path, max_steps=3), Watch()
+    kwargs = trainer_kwargs(args, rank=4, lr=0.02)
+    kwargs["callbacks"] = joined(kwargs["callbacks"], [watch])
+    transformers.Trainer(model=make("llama"), args=args, train_dataset=samples(), **kwargs).train()
     assert shown == watch.norms
 
 
@@ -122,16 +127,15 @@ class Limits(transformers.TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, *, optimizer, **kwargs):
         self.used.append(optimizer.optimizer.max_grad_norm)
-        if len(self.used) == 2:
-            args.max_grad_norm = 0.25
+        args.max_grad_norm = [0.5, 0.25, -1.0, 0.0][len(self.used) - 1]
 
 
 def test_the_arguments_are_the_users_but_while_gradients_are_gathered(tmp_path):
     limits = Limits()
     args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=1)
     trainer_of(make("llama"), args, [limits]).train()
-    assert limits.used == [0.5, 0.5, 0.25, 0.25]
-    assert limits.shown == {0.5, 0.25}
+    assert limits.used == [0.5, 0.5, 0.25, None]
+    assert limits.shown == {0.5, 0.25, -1.0, 0.0}
     saved = torch.load(tmp_path / "checkpoint-1" / "training_args.bin", weights_only=False)
     assert saved.max_grad_norm == 0.5
 

@@ -64,7 +64,9 @@ class MoFaSGDCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Have the optimizer clip."""
         self._give_back()
-        real_optimizer(kwargs["optimizer"]).max_grad_norm = args.max_grad_norm or None
+        # Trainer takes 0, and less, for no clipping.
+        limit = args.max_grad_norm
+        real_optimizer(kwargs["optimizer"]).max_grad_norm = limit if limit and limit > 0 else None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Replace Trainer's norm of `p.grad`, in the line and in `state.log_history`. Waits for the device."""
@@ -90,12 +92,16 @@ class MoFaSGDCallback(TrainerCallback):
 
 
 class First(list[TrainerCallback]):
-    """Callbacks that a Trainer calls before its own, which it puts in front: `its_own + these`.
+    """Callbacks that a Trainer calls before its own, although it adds them behind: `its_own + these`.
 
     Its own include the reporters (wandb, tensorboard): they would be shown Trainer's norm.
     """
 
-    def __radd__(self, others: list[TrainerCallback]) -> list[TrainerCallback]:
-        """Return the callbacks of this package, then `others`, then what the user has appended."""
+    def __add__(self, others: list[TrainerCallback]) -> First:
+        """Return these, then `others`."""
+        return First([*self, *others])
+
+    def __radd__(self, others: list[TrainerCallback]) -> First:
+        """Return the callbacks of this package, then `others`, then the rest of these."""
         ours = [callback for callback in self if isinstance(callback, MoFaSGDCallback)]
-        return [*ours, *others, *(callback for callback in self if callback not in ours)]
+        return First([*ours, *others, *(callback for callback in self if callback not in ours)])
