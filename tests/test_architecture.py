@@ -23,7 +23,7 @@ LAYERS = [
     {"factored", "attach"},
     {"base"},
     {"optimizer"},
-    {"paper"},
+    {"paper", "hf"},
     {"app"},
     {"cli"},
 ]

@@ -1,0 +1,150 @@
+"""From a model and TrainingArguments to an attached optimizer."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from mofasgd.attach import MODES
+from mofasgd.groups import ParamGroups, param_groups
+from mofasgd.hf.callback import First, MoFaSGDCallback
+from mofasgd.hf.compat import Trainer
+from mofasgd.hf.support import refuse_setup
+from mofasgd.optimizer import MoFaSGD
+from mofasgd.options import FACTORED_KEYS, check_choice, did_you_mean
+
+_logger = logging.getLogger(__name__)
+
+# What param_groups decides for each parameter cannot be asked for.
+_GROUP_KEYS = {*inspect.signature(param_groups).parameters, *FACTORED_KEYS} - {
+    *("model", "mofasgd_keys", "layout", "transposed")
+}
+_SETTINGS = {*inspect.signature(MoFaSGD).parameters} - {"params", *FACTORED_KEYS}
+
+
+def trainer_kwargs(
+    args: Any, *, rank: int = 32, lr: float | None = None, attach: str = "auto", **options: Any
+) -> dict[str, Any]:
+    """Return the arguments of `transformers.Trainer` that make it train with MoFaSGD.
+
+    Args:
+        args: the TrainingArguments that the Trainer is given. Read when training begins: `learning_rate` (of AdamW's
+            parameters, and of all with lr_scale="match_rms_adamw"), `adam_beta1`, `adam_beta2`, `adam_epsilon`,
+            `weight_decay`, `seed`; at each step: `max_grad_norm`.
+        rank, lr: of the factored parameters. There is no default lr.
+        attach: mode of `MoFaSGD.attach`; "none" keeps full gradients in `p.grad` (several processes, `complement`).
+        **options: more arguments of `mofasgd.param_groups` (`adamw_lr`, `factor`, `adamw`, `head`, group keys such as
+            `beta`) and of `mofasgd.MoFaSGD` (`seed`, `state_dtype`, ...); they come before what `args` say.
+
+    Returns:
+        {"optimizer_cls_and_kwargs": (OptimizerFactory, {...}), "callbacks": [MoFaSGDCallback()]}. More callbacks may
+        be appended to the list.
+
+    Raises:
+        ValueError: for an unknown option, no lr, or an argument of `args` that would be without effect.
+    """
+    if "max_grad_norm" in options:
+        raise ValueError(
+            f"max_grad_norm={options['max_grad_norm']!r} belongs into TrainingArguments: its value there is used"
+        )
+    check_choice("attach", attach, ("none", *MODES))
+    given = {"rank": rank, "lr": lr, **options}
+    complete(args, given)
+    kwargs = {"training_args": args, "attach": attach, **given}
+    return {"optimizer_cls_and_kwargs": (OptimizerFactory, kwargs), "callbacks": First([MoFaSGDCallback()])}
+
+
+class OptimizerFactory:
+    """Makes the optimizer of a Trainer: `optimizer_cls_and_kwargs=(OptimizerFactory, {"lr": ..., ...})`.
+
+    Without `MoFaSGDCallback` the Trainer clips what is in `p.grad`, hence AdamW's parameters only: set its
+    `max_grad_norm` to 0 and give `max_grad_norm` here.
+    """
+
+    def __call__(
+        self, opt_model: nn.Module, training_args: Any = None, /, *, attach: str = "auto", **options: Any
+    ) -> MoFaSGD:
+        """Return an optimizer of all trainable parameters of `opt_model`, attached unless attach="none".
+
+        Weight decay is for the parameters that Trainer would decay.
+
+        Args:
+            opt_model: the model, not wrapped.
+            training_args: TrainingArguments, used as in `trainer_kwargs`; also as a keyword, which Trainer's call
+                needs and which may come beside Axolotl's positional one. None: `options` say everything.
+            attach, **options: as in `trainer_kwargs`, and `max_grad_norm`.
+
+        Raises:
+            ValueError: for an unknown option, no lr, a setup of accelerate that is not supported, or as in
+                `mofasgd.param_groups`, `mofasgd.MoFaSGD` and `MoFaSGD.attach`.
+        """
+        check_choice("attach", attach, ("none", *MODES))
+        keyword = options.pop("training_args", None)
+        given = complete(training_args if keyword is None else keyword, options)
+        refuse_setup(attached=attach != "none")
+        groups = param_groups(opt_model, **{key: value for key, value in given.items() if key in _GROUP_KEYS})
+        _decay_as_trainer(groups, opt_model, given.get("weight_decay", 0.0))
+        # Schedulers with a minimum take the ratio to the optimizer's own lr.
+        opt = MoFaSGD(groups, given["lr"], **{key: value for key, value in given.items() if key in _SETTINGS})
+        if attach != "none":
+            try:
+                opt.attach(opt_model, attach)
+            except ValueError as error:
+                raise ValueError(f"attach={attach!r}: {error}. attach='none' trains without attaching") from None
+        _logger.info("%s", groups)
+        return opt
+
+
+def complete(args: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `options` with what TrainingArguments `args` (or None) say of the rest.
+
+    Raises:
+        ValueError: as in `trainer_kwargs`.
+    """
+    for key in options:
+        if key not in _GROUP_KEYS | _SETTINGS:
+            raise ValueError(f"unknown option {key!r}{did_you_mean(key, tuple(sorted(_GROUP_KEYS | _SETTINGS)))}")
+    given = {key: value for key, value in options.items() if value is not None}
+    matched = given.get("lr_scale") == "match_rms_adamw"
+    if args is not None:
+        for key in ("optim_args", "optim_target_modules"):
+            if getattr(args, key, None):
+                raise ValueError(f"{key}={getattr(args, key)!r} has no effect on MoFaSGD: give its options as keywords")
+        given = _of_args(args, matched) | given
+    if "lr" not in given:
+        raise ValueError(
+            "MoFaSGD has no default learning rate here, and an lr of AdamW is not one of it: give lr=..., or "
+            "lr_scale='match_rms_adamw', which makes args.learning_rate one"
+        )
+    return given
+
+
+def _of_args(args: Any, matched: bool) -> dict[str, Any]:
+    found = {
+        "adamw_lr": args.learning_rate,
+        "adamw_betas": (args.adam_beta1, args.adam_beta2),
+        "adamw_eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+        "seed": args.seed,
+    }
+    return {**found, "lr": args.learning_rate} if matched else found
+
+
+def _decay_as_trainer(groups: ParamGroups, model: nn.Module, weight_decay: float) -> None:
+    """Split `groups` where Trainer, which goes by names, would decay some parameters of a group and others not."""
+    if not weight_decay:
+        return
+    # The method does not use its instance, which nobody passes on to a factory.
+    names = set(Trainer.get_decay_parameter_names(None, model))
+    decayed: set[Tensor] = {p for name, p in model.named_parameters(remove_duplicate=False) if name in names}
+    parts = []
+    for group in groups:
+        for decay in (weight_decay, 0.0):
+            params = [p for p in group["params"] if (p in decayed) == (decay > 0)]
+            if params:
+                parts.append({**group, "params": params, "weight_decay": decay})
+    groups[:] = parts

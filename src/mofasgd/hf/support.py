@@ -1,0 +1,49 @@
+"""What of accelerate's setups is refused, by one function, wherever the optimizer comes from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mofasgd.hf.compat import AcceleratorState, is_initialized
+from mofasgd.optimizer import MoFaSGD
+
+
+def refuse_setup(*, attached: bool) -> None:
+    """Raise ValueError if accelerate's state, where there is one, is of a kind that would train wrongly.
+
+    Args:
+        attached: whether gradients are sketched in backward.
+    """
+    if not is_initialized():
+        return
+    state: Any = AcceleratorState()
+    kind = getattr(state.distributed_type, "value", str(state.distributed_type))
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise ValueError(
+            f"distributed_type={kind} shards or replaces what MoFaSGD steps and is not supported yet: use one process, "
+            "or replicas (DDP, torchrun without DeepSpeed or FSDP) with attach='none'"
+        )
+    if attached and state.num_processes > 1:
+        raise ValueError(
+            f"{state.num_processes} processes: sketches are not summed over processes yet. Use attach='none' (DDP "
+            "then averages full gradients), or one process"
+        )
+    if attached and state.mixed_precision == "fp16":
+        raise ValueError("fp16 needs a GradScaler, which cannot unscale sketches: use bf16=True, or attach='none'")
+
+
+def real_optimizer(optimizer: Any) -> MoFaSGD:
+    """Return the MoFaSGD inside accelerate's wrappers.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    inner = optimizer
+    while not isinstance(inner, MoFaSGD) and hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not isinstance(inner, MoFaSGD):
+        raise ValueError(
+            f"MoFaSGDCallback found {type(inner).__name__}, not MoFaSGD: give the trainer optimizer_cls_and_kwargs, "
+            "or set it as the trainer's attribute before train()"
+        )
+    return inner
