@@ -70,3 +70,45 @@ def test_hard_gradients_leave_no_nan(shape):
     opt.load_state_dict(opt.state_dict())  # moves the state beside the weight
     assert_sound(opt, W)
     assert opt.nonfinite_steps == 10
+
+
+def stack(width=1024, layers=8):
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers))).cuda()
+
+
+def steps(model, mode, count=4):
+    """Train `model` attached in `mode` (None: dense); return the optimizer and each step's peak above the start."""
+    opt = MoFaSGD(model.parameters(), lr=0.01, rank=8, max_grad_norm=1.0)
+    if mode:
+        opt.attach(model, mode=mode)
+    x, peaks = torch.randn(64, 1024, device=CUDA), []
+    for _ in range(count):
+        torch.cuda.synchronize()
+        start = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        model(x).square().mean().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - start)
+        opt.step()
+        opt.zero_grad()
+    return opt, peaks
+
+
+@pytest.mark.parametrize("mode", ["sketch", "release"])
+def test_attached_steps_equal_dense_ones(mode):
+    start = torch.cat([p.detach().flatten() for p in stack().parameters()])
+    models = [stack(), stack()]
+    for model, kind in zip(models, (None, mode), strict=True):
+        steps(model, kind)
+    dense, attached = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in models)
+    # Rounding of float32 sketches, made in another order, as on the CPU (tests/test_attach.py).
+    assert (attached - dense).norm() <= 1e-4 * (dense - start).norm()
+
+
+def test_the_allocator_sees_no_gradient_in_sketch_mode():
+    weight = 1024 * 1024 * 4
+    _, dense = steps(stack(), None)
+    _, attached = steps(stack(), "sketch")
+    assert min(dense) >= 8 * weight
+    # One layer's test matrices, the sketches of all, and activations of 64 rows: less than one gradient.
+    assert max(attached) < weight
