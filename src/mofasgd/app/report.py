@@ -29,9 +29,8 @@ def _loss(row: Row) -> str:
 def table(rows: Sequence[Row]) -> Table:
     """Return the rows (of `mofasgd.app.compare`) as a table, the lowest loss first; without times if any is unknown."""
     alone = all(row["ms_per_step"] is not None for row in rows if row["validation_loss"] is not None)
-    out = Table(
-        "optimizer", "lr", "validation loss", "gradients", "optimizer state", *(["ms per step"] if alone else [])
-    )
+    # Short enough for 80 columns.
+    out = Table("optimizer", "lr", "val. loss", "gradients", "state", *(["ms/step"] if alone else []))
     out.columns[0].no_wrap = True
     for column in out.columns[1:]:
         column.justify = "right"
