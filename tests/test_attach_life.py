@@ -11,6 +11,7 @@ from attached import GPT, VOCABULARY, gpt_loss
 from torch import nn
 
 from mofasgd import MoFaSGD, param_groups
+from mofasgd.attach import detach
 
 
 def traces(model):
@@ -347,3 +348,19 @@ def test_attaching_a_compiled_model_attaches_the_model_in_it():
     opt.zero_grad()
     gpt_loss(compiled, torch.randint(0, VOCABULARY, (2, 17))).backward()
     assert model.head.weight.grad is not None
+
+
+def test_a_model_can_be_detached_without_its_handle():
+    model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 8))
+    opt = MoFaSGD([p for p in model.parameters() if p.ndim == 2], rank=2)
+    for bias in (model[0].bias, model[1].bias):
+        bias.requires_grad_(False)
+    opt.attach(model)
+    assert opt.handle.mode == "auto"
+    with pytest.raises(ValueError, match=r"call mofasgd\.attach\.detach\(model\) first"):
+        MoFaSGD([p for p in model.parameters() if p.ndim == 2], rank=2).attach(model)
+    assert detach(model)
+    assert opt.handle is None
+    assert not detach(model)
+    model(torch.randn(3, 12)).sum().backward()
+    assert model[0].weight.grad is not None

@@ -80,7 +80,7 @@ MUTANTS = [
     (
         "the model stays attached",
         "hf/callback.py",
-        "            opt._handle.detach()\n",
+        "            opt.handle.detach()\n",
         "            pass\n",
         "test_hf_trainer.py::test_trained_twice_a_model_is_attached_twice_and_free_in_between",
     ),

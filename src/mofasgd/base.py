@@ -112,12 +112,17 @@ class FactoredOptimizer(Optimizer):
                 serve a parameter, or an option needs a gradient that is not kept.
         """
         if self._handle is not None:
-            raise ValueError("this optimizer is attached already: call detach() on its handle first")
+            raise ValueError("this optimizer is attached already: call detach() on its handle (opt.handle) first")
         check_flag("step_in_backward", step_in_backward)
         if step_in_backward and mode != "release":
             raise ValueError(f"step_in_backward=True steps by the full gradient: use mode='release', not {mode!r}")
         self._refuse_clipping(self.max_grad_norm, step_in_backward)
         self._handle = Handle(model, self, mode, step_in_backward)
+        return self._handle
+
+    @property
+    def handle(self) -> Handle | None:
+        """What `attach` returned, or None while no model is attached."""
         return self._handle
 
     def _refuse_full_gradient(self, group: Group) -> None:

@@ -1,5 +1,5 @@
 """Gradients that are sketched during backward and never kept: `MoFaSGD.attach`."""
 
-from mofasgd.attach.handle import MODES, Handle
+from mofasgd.attach.handle import MODES, Handle, detach
 
-__all__ = ["MODES", "Handle"]
+__all__ = ["MODES", "Handle", "detach"]

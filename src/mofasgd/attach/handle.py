@@ -81,7 +81,7 @@ class Handle:
 
     Attributes:
         rows: the table, a `Row` for each trainable parameter.
-        stepping: whether factored parameters are stepped during backward.
+        mode, stepping: `mode` and `step_in_backward` of `MoFaSGD.attach`.
     """
 
     def __init__(self, model: nn.Module, owner: Owner, mode: str, step_in_backward: bool) -> None:
@@ -89,7 +89,7 @@ class Handle:
         check_choice("mode", mode, MODES)
         # torch.compile's wrapper passes attributes on to the model in it.
         self._model: nn.Module = getattr(model, "_orig_mod", model)
-        self._mode, self.stepping = mode, step_in_backward
+        self.mode, self.stepping = mode, step_in_backward
         self._owner = weakref.ref(owner)
         self.rows: list[Row] = []
         self._windows: dict[Tensor, Window] = {}
@@ -112,8 +112,8 @@ class Handle:
         mixed = [name for name, module in self._model.named_modules() if isinstance(module, Attached)]
         if hooked or mixed:
             raise ValueError(
-                f"{(mixed + hooked)[0] or 'the model'!r} is attached to an optimizer already: call detach() on its "
-                "handle first"
+                f"{(mixed + hooked)[0] or 'the model'!r} is attached to an optimizer already: call "
+                "mofasgd.attach.detach(model) first"
             )
 
     def bind(self) -> None:
@@ -135,7 +135,7 @@ class Handle:
         state = [(id(p), p.device, p.requires_grad) for _, p, _ in owner._parameters()]
         if state == self._bound:
             return
-        rows = plan(self._model, owner, self._mode, self.stepping)
+        rows = plan(self._model, owner, self.mode, self.stepping)
         self._remove()
         self.rows, self._bound, self._kept = rows, state, [p for _, p, _ in owner._parameters()]
         self._install(owner)
@@ -268,6 +268,15 @@ class Handle:
         table += [(r.name, " x ".join(map(str, r.param.shape)) or "scalar", r.mode, r.why) for r in self.rows]
         widths = [max(len(row[i]) for row in table) for i in range(3)]
         return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[3]]) for row in table)  # noqa: B905
+
+
+def detach(model: nn.Module) -> bool:
+    """Detach `model` from the optimizer that it, or a module in it, is attached to; return whether there was one."""
+    model = getattr(model, "_orig_mod", model)
+    handles = [found for module in model.modules() if (found := vars(module).get("_mofasgd_handle")) is not None]
+    for handle in handles:
+        handle.detach()
+    return bool(handles)
 
 
 def plan(model: nn.Module, owner: Owner, mode: str, stepping: bool) -> list[Row]:

@@ -36,10 +36,10 @@ class MoFaSGDCallback(TrainerCallback):
         """Check the setup; attach again what an earlier `train()` has detached."""
         self._give_back()
         opt = real_optimizer(kwargs["optimizer"])
-        if opt._handle is None and opt in _detached:
+        if opt.handle is None and opt in _detached:
             mode, stepping = _detached.pop(opt)
             opt.attach(kwargs["model"], mode, step_in_backward=stepping)
-        attached = opt._handle is not None
+        attached = opt.handle is not None
         refuse_setup(attached=attached)
         if attached and args.n_gpu > 1:
             raise ValueError(
@@ -80,9 +80,9 @@ class MoFaSGDCallback(TrainerCallback):
         """Detach the model."""
         self._give_back()
         opt = real_optimizer(kwargs["optimizer"])
-        if opt._handle is not None:
-            _detached[opt] = opt._handle._mode, opt._handle.stepping
-            opt._handle.detach()
+        if opt.handle is not None:
+            _detached[opt] = opt.handle.mode, opt.handle.stepping
+            opt.handle.detach()
 
     def _give_back(self) -> None:
         """Let `args` be the user's again."""
