@@ -204,6 +204,10 @@ class FactoredOptimizer(Optimizer):
         Raises:
             ValueError: if it does not fit this optimizer; then nothing has changed.
         """
+        if self._handle is not None and not self._handle.stepping and isinstance(state_dict, dict):
+            for group in state_dict.get("param_groups", []):
+                if group.get("algorithm") == "mofasgd":
+                    self._refuse_full_gradient(group)
         nonfinite = int(state_dict.get("nonfinite_steps", 0)) if isinstance(state_dict, dict) else 0
         with restored(self, self.state_dtype):
             super().load_state_dict(state_dict)

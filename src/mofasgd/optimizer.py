@@ -177,6 +177,7 @@ class MoFaSGD(FactoredOptimizer):
         self.materialize()
         gate = found_inf.reshape(()) == 0 if isinstance(found_inf, Tensor) else None
 
+        self._check()
         updates = self._observe(gate)
         squares = self._taken.squares + [update.square_norms.sum() for update in updates]
         self._norm, factor = measure(squares, self.max_grad_norm, grad_scale)
@@ -197,8 +198,6 @@ class MoFaSGD(FactoredOptimizer):
         buckets: dict[tuple[Any, ...], list[Member]] = {}
         assert self._pending is not None
         for index, param, group in self._parameters():
-            if param.grad is not None and param.grad.is_sparse:
-                raise ValueError(f"parameter {index} has a sparse gradient: build its embedding with sparse=False")
             if group["algorithm"] == "adamw":
                 if param.grad is not None:
                     state = self.state[param]
@@ -215,25 +214,34 @@ class MoFaSGD(FactoredOptimizer):
                 buckets.setdefault(key, []).append(member)
         return updates + [Update(members, context) for members in buckets.values()]
 
+    def _check(self) -> None:
+        """Raise ValueError for what no step can be taken with, before any gradient is read or sketch used up."""
+        for index, param, group in self._parameters():
+            if param.grad is not None and param.grad.is_sparse:
+                raise ValueError(f"parameter {index} has a sparse gradient: build its embedding with sparse=False")
+            state = self.state.get(param)
+            if group["algorithm"] == "adamw" or not state:
+                continue
+            kept, (_, rank) = state["s"].shape[-1], factored_shape(param, group)
+            if kept != rank:
+                raise ValueError(
+                    f"parameter {index} has a momentum of rank {kept} but its group now says {rank}: the rank of a "
+                    "running optimizer is fixed"
+                )
+
     def _context(self, gate: Tensor | None) -> Context:
         return Context(SOLVERS[self.solver], self._displace, self.seed, self.stochastic_rounding, gate)
 
     def _member(self, index: int, param: Tensor, group: Group) -> Member | None:
         """Return a factored parameter with what this step reads of its gradient, or None without one."""
-        shape, rank = factored_shape(param, group)
+        shape, _ = factored_shape(param, group)
         gradient: Gradient | None = None if param.grad is None else DenseGradient(param.grad, shape)
         if self._handle is not None and self._handle.sketches(param):
             self._refuse_full_gradient(group)
             gradient = self._handle.gradient(param)
         if gradient is None:
             return None
-        state = self.state[param]
-        if state["s"].shape[-1] != rank:
-            raise ValueError(
-                f"parameter {index} has a momentum of rank {state['s'].shape[-1]} but its group now says "
-                f"{rank}: the rank of a running optimizer is fixed"
-            )
-        return Member(index, param, group, state, shape, gradient)
+        return Member(index, param, group, self.state[param], shape, gradient)
 
     def _reads_gradient(self, group: Group) -> str | None:
         """Return what makes the step of a group of factored parameters read G itself, or None: its sketches do."""

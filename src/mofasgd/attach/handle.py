@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mofasgd.attach.release import ReleaseHook, StepHook
 from mofasgd.attach.sketch import mixin_for, why_not
-from mofasgd.attach.swap import Attached, swap_in, swap_out
+from mofasgd.attach.swap import Attached, is_swapped, swap_in, swap_out
 from mofasgd.attach.window import Window
 from mofasgd.gradient import FirstWindow
 from mofasgd.options import Group, check_choice
@@ -85,8 +85,12 @@ class Handle:
     """
 
     def __init__(self, model: nn.Module, owner: Owner, mode: str, step_in_backward: bool) -> None:
-        """Attach `model`; raises before anything has changed. Arguments as in `MoFaSGD.attach`."""
+        """Attach `model`, or raise and leave it as it was. Arguments as in `MoFaSGD.attach`."""
         check_choice("mode", mode, MODES)
+        if torch.is_inference_mode_enabled():
+            raise ValueError("attach inside torch.inference_mode(): its tensors cannot be trained with, attach outside")
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ValueError("attach does not know DistributedDataParallel yet: attach the model and do not wrap it")
         # torch.compile's wrapper passes attributes on to the model in it.
         self._model: nn.Module = getattr(model, "_orig_mod", model)
         self.mode, self.stepping = mode, step_in_backward
@@ -109,7 +113,7 @@ class Handle:
             for name, param in self._model.named_parameters()
             if any(isinstance(hook, ReleaseHook) for hook in (param._post_accumulate_grad_hooks or {}).values())
         ]
-        mixed = [name for name, module in self._model.named_modules() if isinstance(module, Attached)]
+        mixed = [name for name, module in self._model.named_modules() if is_swapped(module)]
         if hooked or mixed:
             raise ValueError(
                 f"{(mixed + hooked)[0] or 'the model'!r} is attached to an optimizer already: call "
@@ -124,6 +128,7 @@ class Handle:
 
         Raises:
             ValueError: if model and optimizer no longer fit, as in `MoFaSGD.attach`; then nothing has changed.
+                Any other error leaves the model as if it had never been attached.
         """
         owner = self._owner()
         if owner is None:
@@ -131,14 +136,23 @@ class Handle:
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             # Hooks and probes see one rank's gradient: the replicas would drift apart without a word.
             raise ValueError("attach does not sum sketches over ranks yet: train on one process, or do not attach")
-        # Comparing numbers is what every forward pays; holding the parameters keeps the numbers theirs.
-        state = [(id(p), p.device, p.requires_grad) for _, p, _ in owner._parameters()]
-        if state == self._bound:
+        if self._signature(owner) == self._bound:
             return
         rows = plan(self._model, owner, self.mode, self.stepping)
         self._remove()
-        self.rows, self._bound, self._kept = rows, state, [p for _, p, _ in owner._parameters()]
-        self._install(owner)
+        self.rows, self._kept = rows, [p for _, p, _ in owner._parameters()]
+        try:
+            self._install(owner)
+        except BaseException:
+            # Half an attachment would eat gradients that nobody steps by.
+            self._restore()
+            raise
+        self._bound = self._signature(owner)
+
+    def _signature(self, owner: Owner) -> list[tuple[Any, ...]]:
+        """Return what is compared before every forward; `_kept` keeps the numbers those of the parameters."""
+        state = owner.state
+        return [(id(p), p.device, p.requires_grad, id(state.get(p))) for _, p, _ in owner._parameters()]
 
     def _install(self, owner: Owner) -> None:
         for _, param, _ in owner._parameters():

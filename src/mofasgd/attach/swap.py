@@ -19,6 +19,9 @@ _PREFIX = "_mofasgd_"
 class Attached:
     """Base of the mixins. A copy or pickle of the module is of its own class and without the mixin's attributes."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep what a base of the user's does with new subclasses, such as registering them, from these."""
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Return what rebuilds the module as if it had never been attached."""
         recipe: Any = super().__reduce_ex__(protocol)
@@ -52,9 +55,17 @@ def _mixed(cls: Any, mixin: Any) -> type[nn.Module]:
     return mixed
 
 
+def is_swapped(module: nn.Module) -> bool:
+    """Whether a mixin is in effect."""
+    return any(key.startswith(_PREFIX) for key in vars(module))
+
+
 def swap_in(module: nn.Module, mixin: type[Attached], **attributes: Any) -> None:
     """Mix `mixin` into the class of `module` and set its attributes, whose names begin with "_mofasgd_"."""
     vars(module).update(attributes)
+    if isinstance(module, mixin):
+        # A copy made by `type(module)(...)`, or a class that was put on top of the mixed one and outlived it.
+        return
     mixed: Any = _mixed
     object.__setattr__(module, "__class__", mixed(type(module), mixin))
 
