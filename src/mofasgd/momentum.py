@@ -164,9 +164,10 @@ def init_factors(Y: Tensor, Z: Tensor, Psi: Tensor, rank: int) -> Factors:
     Q, _ = torch.linalg.qr(Y)
     P, T = torch.linalg.qr(Psi.mT @ Q)
     X = torch.linalg.solve_triangular(T, P.mT @ Z.mT, upper=True)
-    # (U, s, V) = SVD_r(Q X)
-    A, s, V = _svd(X, rank)
-    return Factors(Q @ A, s * scale[..., 0], V)
+    # (U, s, V) = SVD_r(Q X), through the small S of X' = P S
+    P, S = torch.linalg.qr(X.mT)
+    A, s, B = _svd(S.mT, rank)
+    return Factors(Q @ A, s * scale[..., 0], P @ B)
 
 
 def moving(s: Tensor, tol: float = RANK_TOLERANCE) -> Tensor:
