@@ -331,7 +331,7 @@ MUTANTS = [
     (
         "bound once for all",
         "attach/handle.py",
-        "        if state == self._bound:\n",
+        "        if self._signature(owner) == self._bound:\n",
         "        if self._bound:\n",
         "test_attach_life.py::test_parameters_replaced_after_attaching_are_bound_at_the_next_forward",
     ),
