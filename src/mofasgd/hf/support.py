@@ -8,12 +8,18 @@ from mofasgd.hf.compat import AcceleratorState, is_initialized
 from mofasgd.optimizer import MoFaSGD
 
 
-def refuse_setup(*, attached: bool) -> None:
-    """Raise ValueError if accelerate's state, where there is one, is of a kind that would train wrongly.
+def refuse_setup(args: Any, *, attached: bool) -> None:
+    """Raise ValueError if the devices or accelerate's state, where there is one, would train wrongly.
 
     Args:
+        args: TrainingArguments, or None.
         attached: whether gradients are sketched in backward.
     """
+    if attached and args is not None and args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process (nn.DataParallel) would share one set of sketches: make one GPU "
+            "visible (CUDA_VISIBLE_DEVICES=0), or use torchrun with attach='none'"
+        )
     if not is_initialized():
         return
     state: Any = AcceleratorState()
