@@ -31,9 +31,16 @@ MUTANTS = [
     (
         "an interrupted train() loses the user's max_grad_norm",
         "hf/callback.py",
-        "        return (self.value,)\n",
-        "        return (0.0,)\n",
+        "    if isinstance(args.max_grad_norm, Lent):\n",
+        "    if isinstance(args.max_grad_norm, Lent) and args.max_grad_norm.value != 0.5:\n",
         "test_hf_trainer.py::test_what_an_interrupted_training_leaves_behind_does_not_reach_the_next_trainer",
+    ),
+    (
+        "a second callback lends what is lent",
+        "hf/callback.py",
+        "        _give_back(args)\n        if not self._told",
+        "        if not self._told",
+        "test_hf_trainer.py::test_the_arguments_are_the_users_but_while_gradients_are_gathered",
     ),
     (
         "half a window is left to the next train()",
@@ -143,8 +150,8 @@ MUTANTS = [
     (
         "a model that an interrupted train() left attached stays so",
         "hf/factory.py",
-        "if detach(opt_model):",
-        "if False:",
+        "        free(opt_model)\n",
+        "",
         "test_hf_trainer.py::test_what_an_interrupted_training_leaves_behind_does_not_reach_the_next_trainer",
     ),
     (
@@ -171,9 +178,23 @@ MUTANTS = [
     (
         "the optimizer's own limit is overwritten",
         "hf/callback.py",
-        "            _refuse_other_limit(args, opt)\n",
+        "            _refuse_others(args, self._args or args, opt)\n",
         "",
         "test_hf_refusals.py::test_an_optimizer_that_clips_to_another_norm_is_refused",
+    ),
+    (
+        "a model that is attached elsewhere trains dense, in part",
+        "hf/callback.py",
+        '            free(kwargs["model"])\n',
+        "",
+        "test_hf_trainer.py::test_an_optimizer_detached_by_another_training_attaches_again",
+    ),
+    (
+        "nobody compares the arguments",
+        "hf/callback.py",
+        "        if value != used:\n",
+        "        if False:\n",
+        "test_hf_refusals.py::test_other_arguments_than_the_trainers_are_refused",
     ),
     (
         "the limit outlives the training",

@@ -69,6 +69,17 @@ def test_setups_that_would_train_wrongly_are_refused_when_training_begins(setup,
     assert opt.handle is None
 
 
+def test_other_arguments_than_the_trainers_are_refused(tmp_path):
+    given = arguments(tmp_path, learning_rate=2e-3)
+    for args in (arguments(tmp_path, max_steps=1, learning_rate=2e-3), arguments(tmp_path, max_steps=1)):
+        kwargs = trainer_kwargs(given, rank=4, lr=0.02)
+        trainer = transformers.Trainer(model=make("llama"), args=args, train_dataset=samples(), **kwargs)
+        if args.learning_rate == given.learning_rate:
+            trainer.train()
+    with pytest.raises(ValueError, match=r"learning_rate=0\.001 of the trainer's.*with 0\.002: give both the same"):
+        trainer.train()
+
+
 def test_an_optimizer_that_clips_to_another_norm_is_refused(tmp_path):
     model, args = make("llama"), arguments(tmp_path, max_steps=1)
     opt = MoFaSGD(param_groups(model, rank=4), max_grad_norm=2.0)

@@ -268,7 +268,9 @@ def test_an_optimizer_detached_by_another_training_attaches_again(tmp_path):
     first = trainer_of(model, arguments(tmp_path, max_steps=1), [Stop(), watch])
     with pytest.raises(KeyboardInterrupt):
         first.train()
-    trainer_of(model, arguments(tmp_path, max_steps=1)).train()
+    second = trainer_of(model, arguments(tmp_path, max_steps=1), [Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        second.train()
     first.train()
     assert watch.held == set()
     assert len(watch.norms) == 1

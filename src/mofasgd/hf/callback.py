@@ -8,10 +8,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from mofasgd.hf.compat import TrainerCallback
-from mofasgd.hf.support import real_optimizer, refuse_setup
+from mofasgd.hf.support import free, real_optimizer, refuse_setup
 from mofasgd.optimizer import MoFaSGD
 
 _logger = logging.getLogger(__name__)
+
+USED = ("learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "seed")
+"""What MoFaSGD is made from, of TrainingArguments."""
 
 # How optimizers were attached in their last train(): several of one trainer share an optimizer. Here and not in the
 # callback, which hyperparameter searches pickle.
@@ -32,9 +35,6 @@ class Lent(float):
         zero.value = value
         return zero
 
-    def __getnewargs__(self) -> tuple[Any]:
-        return (self.value,)
-
 
 class MoFaSGDCallback(TrainerCallback):
     """Lets MoFaSGD clip, logs its gradient norm, and detaches the model when training ends.
@@ -44,14 +44,17 @@ class MoFaSGDCallback(TrainerCallback):
     other time `args` are the user's. `grad_norm` of a log line is `MoFaSGD.grad_norm()` of its step, and
     `nonfinite_steps`, if there were any, `MoFaSGD.nonfinite_steps`.
 
+    Args:
+        args: the TrainingArguments that the optimizer is made from; None: it comes from elsewhere.
+
     Raises:
-        ValueError: when training begins, if the trainer's optimizer is not MoFaSGD, clips to another norm than
-            `args.max_grad_norm`, or its setup is not supported; at a step, if `args.max_grad_norm` was changed while
-            its gradients were gathered.
+        ValueError: when training begins, if the trainer's optimizer is not MoFaSGD, is made from other arguments than
+            the trainer's, clips to another norm, or its setup is not supported; at a step, if `args.max_grad_norm`
+            was changed while its gradients were gathered.
     """
 
-    def __init__(self) -> None:
-        self._told = False
+    def __init__(self, args: Any = None) -> None:
+        self._args, self._told = args, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the setup; attach again an optimizer that was attached in an earlier `train()`."""
@@ -59,12 +62,14 @@ class MoFaSGDCallback(TrainerCallback):
         opt = real_optimizer(kwargs["optimizer"])
         if opt.handle is not None:
             _attached[opt] = opt.handle.mode, opt.handle.stepping
-        elif opt in _attached:
-            mode, stepping = _attached[opt]
-            opt.attach(kwargs["model"], mode, step_in_backward=stepping)
+        else:
+            free(kwargs["model"])
+            if opt in _attached:
+                mode, stepping = _attached[opt]
+                opt.attach(kwargs["model"], mode, step_in_backward=stepping)
         try:
             refuse_setup(args, attached=opt.handle is not None)
-            _refuse_other_limit(args, opt)
+            _refuse_others(args, self._args or args, opt)
         except ValueError:
             if opt.handle is not None:
                 opt.handle.detach()
@@ -132,7 +137,15 @@ def _limit(value: float | None) -> float | None:
     return value if value and 0 < value < math.inf else None
 
 
-def _refuse_other_limit(args: Any, opt: MoFaSGD) -> None:
+def _refuse_others(args: Any, given: Any, opt: MoFaSGD) -> None:
+    """Raise ValueError if `args`, the trainer's, are not what the optimizer was made from (`given`) and clips to."""
+    for key in USED:
+        value, used = getattr(args, key), getattr(given, key)
+        if value != used:
+            raise ValueError(
+                f"{key}={value!r} of the trainer's arguments, but trainer_kwargs was given others with {used!r}: give "
+                "both the same TrainingArguments"
+            )
     if opt.max_grad_norm not in (None, _limit(args.max_grad_norm)):
         raise ValueError(
             f"the optimizer's max_grad_norm={opt.max_grad_norm} is not args.max_grad_norm={args.max_grad_norm}, which "

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mofasgd.attach import MODES, detach
+from mofasgd.attach import MODES
 from mofasgd.groups import ParamGroups, param_groups
-from mofasgd.hf.callback import First, MoFaSGDCallback
+from mofasgd.hf.callback import USED, First, MoFaSGDCallback
 from mofasgd.hf.compat import Trainer, TrainerCallback, TrainingArguments
-from mofasgd.hf.support import refuse_setup
+from mofasgd.hf.support import free, refuse_setup
 from mofasgd.optimizer import MoFaSGD
 from mofasgd.options import FACTORED_KEYS, check_choice, did_you_mean
 
@@ -71,7 +71,10 @@ def trainer_kwargs(
     given = {"rank": rank, "lr": lr, **options}
     complete(args, given)
     kwargs = {"training_args": args, "attach": attach, **given}
-    return {"optimizer_cls_and_kwargs": (OptimizerFactory, kwargs), "callbacks": First([MoFaSGDCallback(), *callbacks])}
+    return {
+        "optimizer_cls_and_kwargs": (OptimizerFactory, kwargs),
+        "callbacks": First([MoFaSGDCallback(args), *callbacks]),
+    }
 
 
 class OptimizerFactory:
@@ -100,8 +103,7 @@ class OptimizerFactory:
                 `mofasgd.param_groups`, `mofasgd.MoFaSGD` and `MoFaSGD.attach`.
         """
         check_choice("attach", attach, ("none", *MODES))
-        if detach(opt_model):
-            _logger.warning("the model was still attached to another optimizer, which no longer trains it")
+        free(opt_model)
         keyword = options.pop("training_args", None)
         args = training_args if keyword is None else keyword
         given = complete(args, options)
@@ -151,13 +153,8 @@ def complete(args: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_args(args: Any, matched: bool) -> dict[str, Any]:
-    found = {
-        "adamw_lr": args.learning_rate,
-        "adamw_betas": (args.adam_beta1, args.adam_beta2),
-        "adamw_eps": args.adam_epsilon,
-        "weight_decay": args.weight_decay,
-        "seed": args.seed,
-    }
+    rate, beta1, beta2, eps, decay, seed = (getattr(args, key) for key in USED)
+    found = {"adamw_lr": rate, "adamw_betas": (beta1, beta2), "adamw_eps": eps, "weight_decay": decay, "seed": seed}
     return {**found, "lr": args.learning_rate} if matched else found
 
 
