@@ -78,8 +78,7 @@ def arguments(path, **changes):
 
 
 def trainer_of(model, args, callbacks=(), model_init=None, **options):
-    kwargs = trainer_kwargs(args, **({"rank": 4, "lr": 0.02} | options))
-    kwargs["callbacks"] += callbacks
+    kwargs = trainer_kwargs(args, callbacks=callbacks, **({"rank": 4, "lr": 0.02} | options))
     data = {"train_dataset": samples(), "eval_dataset": samples(6)}
     return Trainer(model=model, model_init=model_init, args=args, **data, **kwargs)
 

@@ -23,11 +23,21 @@ from mofasgd.hf import MoFaSGDCallback, OptimizerFactory, trainer_kwargs  # noqa
         ({"lr": 0.02, "max_grad_norm": 1.0}, {}, "max_grad_norm=1.0 belongs into TrainingArguments"),
         ({"lr": 0.02, "attach": "sketched"}, {}, r"attach='sketched' is unknown; did you mean 'sketch'\?"),
         ({"lr": 0.02}, {"optim_args": "rank=8"}, "optim_args='rank=8' has no effect"),
+        ({"lr": 0.02}, {"optim": "lomo"}, "optim='lomo' has no effect.*leave it at 'adamw_torch'"),
+        ({"lr": -1.0}, {}, r"lr=-1\.0 should be a number"),
+        ({"lr": 0.02, "rank": 0}, {}, "rank=0 should be a whole number of at least 1"),
+        ({"lr": 0.02}, {"weight_decay": -0.1}, r"weight_decay=-0\.1 should be a number"),
     ],
 )
 def test_mistakes_are_refused_before_a_trainer_is_made(options, changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         trainer_kwargs(arguments(tmp_path, **changes), **options)
+
+
+def test_something_else_than_arguments_is_refused(tmp_path):
+    for other in (make("llama"), {"max_grad_norm": 1.0}):
+        with pytest.raises(TypeError, match=f"args should be the TrainingArguments.*not {type(other).__name__}"):
+            trainer_kwargs(other, lr=0.02)
 
 
 def state(kind="NO", processes=1, precision="no"):
@@ -56,6 +66,34 @@ def test_setups_that_would_train_wrongly_are_refused_when_training_begins(setup,
     options = {"callbacks": [MoFaSGDCallback()], "optimizers": (opt, None), "train_dataset": samples()}
     with pytest.raises(ValueError, match=message):
         transformers.Trainer(model=model, args=arguments(tmp_path, max_steps=1), **options).train()
+    assert opt.handle is None
+
+
+def test_other_arguments_than_the_trainers_are_refused(tmp_path):
+    given = arguments(tmp_path, learning_rate=2e-3)
+    for args in (arguments(tmp_path, max_steps=1, learning_rate=2e-3), arguments(tmp_path, max_steps=1)):
+        kwargs = trainer_kwargs(given, rank=4, lr=0.02)
+        trainer = transformers.Trainer(model=make("llama"), args=args, train_dataset=samples(), **kwargs)
+        if args.learning_rate == given.learning_rate:
+            trainer.train()
+    with pytest.raises(ValueError, match=r"learning_rate=0\.001 of the trainer's.*with 0\.002: give both the same"):
+        trainer.train()
+
+
+def test_an_optimizer_that_clips_to_another_norm_is_refused(tmp_path):
+    model, args = make("llama"), arguments(tmp_path, max_steps=1)
+    opt = MoFaSGD(param_groups(model, rank=4), max_grad_norm=2.0)
+    opt.attach(model)
+    trainer = transformers.Trainer(
+        model=model, args=args, train_dataset=samples(), callbacks=[MoFaSGDCallback()], optimizers=(opt, None)
+    )
+    with pytest.raises(ValueError, match=r"max_grad_norm=2\.0 is not args\.max_grad_norm=0\.5.*TrainingArguments only"):
+        trainer.train()
+    assert opt.handle is None
+    opt.max_grad_norm = args.max_grad_norm
+    for limit in (0.5, 0.25):
+        args.max_grad_norm = limit
+        trainer.train()
 
 
 def test_fp16_is_refused_for_real(tmp_path):
@@ -75,6 +113,7 @@ def test_several_gpus_in_one_process_are_refused(tmp_path):
     trainer._wrap_model = lambda model, *args, **kwargs: model  # DataParallel wants the GPUs
     with pytest.raises(ValueError, match=r"2 GPUs in one process.*CUDA_VISIBLE_DEVICES"):
         trainer.train()
+    assert trainer.optimizer is None
 
 
 def test_a_trainer_that_got_the_callback_alone_says_so(tmp_path):
@@ -86,14 +125,24 @@ def test_a_trainer_that_got_the_callback_alone_says_so(tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize("found", ["4.57.1", "5.16.9", "5.24.0.dev0", "6.0.0"])
-def test_other_versions_of_transformers_are_refused_at_import(found, monkeypatch):
+def import_beside(found, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("mofasgd.hf")]:
         monkeypatch.delitem(sys.modules, name)
     # The package replaces its own module when it is first used.
     monkeypatch.setattr(sys.modules["transformers"], "__version__", found)
-    with pytest.raises(ImportError, match=rf"transformers 5\.17 to 5\.23 but found {found}: pip install"):
-        import mofasgd.hf  # noqa: F401
+    import mofasgd.hf  # noqa: F401
+
+
+@pytest.mark.parametrize("found", ["4.57.1", "5.16.9", "unknown"])
+def test_older_versions_of_transformers_are_refused_at_import(found, monkeypatch):
+    with pytest.raises(ImportError, match=rf"transformers 5\.17 or newer but found {found}: pip install"):
+        import_beside(found, monkeypatch)
+
+
+@pytest.mark.parametrize("found", ["5.24.0.dev0", "6.0.0"])
+def test_newer_versions_of_transformers_are_told_of_at_import(found, monkeypatch):
+    with pytest.warns(UserWarning, match=rf"tested with transformers 5\.17 to 5\.23 but found {found}"):
+        import_beside(found, monkeypatch)
 
 
 def test_the_factory_alone_makes_an_attached_optimizer(tmp_path):

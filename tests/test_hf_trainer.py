@@ -1,6 +1,10 @@
 """transformers' Trainer with MoFaSGD: the steps, the logs, the checkpoints and the ends of a run."""
 
+import copy
 import json
+import logging
+import math
+import pickle
 
 import pytest
 import torch
@@ -10,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 from hf_case import STEPS, Watch, arguments, by_hand, logged, make, samples, trainer_of  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from mofasgd.hf import trainer_kwargs  # noqa: E402
+from mofasgd.hf import MoFaSGDCallback, trainer_kwargs  # noqa: E402
 
 
 def same(model, other):
@@ -98,8 +102,7 @@ def test_what_the_arguments_say_reaches_the_optimizer_when_training_begins(tmp_p
     assert (adamw["betas"], adamw["eps"], opt.seed, opt.defaults["lr"]) == ((0.9, 0.97), 1e-7, 5, 2e-3)
 
 
-@pytest.mark.parametrize("joined", [lambda ours, more: ours + more, lambda ours, more: more + ours])
-def test_reporters_are_shown_the_optimizers_norm(joined, tmp_path, monkeypatch):
+def test_reporters_are_shown_the_optimizers_norm(tmp_path, monkeypatch):
     shown = []
 
     class Reporter(transformers.TrainerCallback):
@@ -107,11 +110,10 @@ def test_reporters_are_shown_the_optimizers_norm(joined, tmp_path, monkeypatch):
             shown.extend([logs["grad_norm"]] if "grad_norm" in logs else [])
 
     monkeypatch.setattr("transformers.trainer.get_reporting_integration_callbacks", lambda report_to: [Reporter])
-    args, watch = arguments(tmp_path, max_steps=3), Watch()
-    kwargs = trainer_kwargs(args, rank=4, lr=0.02)
-    kwargs["callbacks"] = joined(kwargs["callbacks"], [watch])
-    transformers.Trainer(model=make("llama"), args=args, train_dataset=samples(), **kwargs).train()
+    watch = Watch()
+    trainer_of(make("llama"), arguments(tmp_path, max_steps=3), [watch]).train()
     assert shown == watch.norms
+    assert len(shown) == 3
 
 
 class Limits(transformers.TrainerCallback):
@@ -125,17 +127,23 @@ class Limits(transformers.TrainerCallback):
 
     on_train_begin = on_step_end = on_log = on_save = on_train_end = note
 
-    def on_optimizer_step(self, args, state, control, *, optimizer, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, *, optimizer, **kwargs):
         self.used.append(optimizer.optimizer.max_grad_norm)
-        args.max_grad_norm = [0.5, 0.25, -1.0, 0.0][len(self.used) - 1]
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.note(args, state, control)
+        args.max_grad_norm = [0.5, 0.25, -1.0, math.inf, 0.0][len(self.used) - 1]
 
 
-def test_the_arguments_are_the_users_but_while_gradients_are_gathered(tmp_path):
+@pytest.mark.parametrize("twice", [False, True])
+def test_the_arguments_are_the_users_but_while_gradients_are_gathered(twice, tmp_path):
     limits = Limits()
-    args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=1)
-    trainer_of(make("llama"), args, [limits]).train()
-    assert limits.used == [0.5, 0.5, 0.25, None]
-    assert limits.shown == {0.5, 0.25, -1.0, 0.0}
+    args = arguments(tmp_path, max_steps=5, save_strategy="steps", save_steps=1)
+    trainer = trainer_of(make("llama"), args, [MoFaSGDCallback(), limits] if twice else [limits])
+    trainer.train()
+    assert limits.used == [0.5, 0.5, 0.25, None, None]
+    assert limits.shown == {0.5, 0.25, -1.0, math.inf, 0.0}
+    assert trainer.optimizer.optimizer.max_grad_norm is None
     saved = torch.load(tmp_path / "checkpoint-1" / "training_args.bin", weights_only=False)
     assert saved.max_grad_norm == 0.5
 
@@ -150,6 +158,53 @@ class Stop(transformers.TrainerCallback):
         if self.armed and self.after == 2:
             self.armed = False
             raise KeyboardInterrupt
+
+
+class Meddler(transformers.TrainerCallback):
+    """Changes the arguments where this has no effect any more."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        args.max_grad_norm = 0.25
+
+
+def test_a_limit_set_while_gradients_are_gathered_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"args\.max_grad_norm=0\.25 was set.*on_step_end or on_optimizer_step"):
+        trainer_of(make("llama"), arguments(tmp_path), [Meddler()]).train()
+
+
+class EndEpoch(transformers.TrainerCallback):
+    """Ends training within a window."""
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        control.should_epoch_stop = control.should_training_stop = True
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.shown = args.max_grad_norm
+
+
+def test_an_epoch_that_ends_within_a_window_gives_the_arguments_back(tmp_path):
+    end = EndEpoch()
+    trainer_of(make("llama"), arguments(tmp_path, eval_strategy="epoch"), [end]).train()
+    assert end.shown == 0.5
+
+
+@pytest.mark.parametrize("attach", ["auto", "none"])
+def test_what_an_interrupted_training_leaves_behind_does_not_reach_the_next_trainer(attach, tmp_path, caplog):
+    args, model = arguments(tmp_path, max_steps=2), make("llama")
+    first = trainer_of(model, args, [Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    args = pickle.loads(pickle.dumps(copy.deepcopy(args)))
+    model.load_state_dict(make("llama").state_dict())
+    trainer = trainer_of(model, args, attach=attach)
+    with caplog.at_level(logging.WARNING, "mofasgd"):
+        trainer.train()
+    assert caplog.text.count("still attached") == 1
+    assert args.max_grad_norm == 0.5
+    fresh = trainer_of(make("llama"), arguments(tmp_path, max_steps=2), attach=attach)
+    fresh.train()
+    assert same(model, fresh.model)
+    assert logged(trainer) == logged(fresh)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -206,3 +261,65 @@ def test_complement_trains_dense(tmp_path):
     model = make("llama")
     trainer_of(model, args, complement=1.0, attach="none").train()
     assert not same(model, make("llama"))
+
+
+def test_an_optimizer_detached_by_another_training_attaches_again(tmp_path):
+    model, watch = make("llama"), Watch()
+    first = trainer_of(model, arguments(tmp_path, max_steps=1), [Stop(), watch])
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    second = trainer_of(model, arguments(tmp_path, max_steps=1), [Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        second.train()
+    first.train()
+    assert watch.held == set()
+    assert len(watch.norms) == 1
+
+
+class Broken(torch.nn.Module):
+    """A model whose loss is not finite in its third micro-batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.calls = make("llama"), 0
+
+    def forward(self, input_ids, labels):
+        self.calls += 1
+        return self.inner(input_ids=input_ids, labels=labels).loss[None] * (math.nan if self.calls == 3 else 1.0)
+
+
+def test_the_log_counts_steps_whose_gradients_were_not_finite(tmp_path):
+    trainer = trainer_of(Broken(), arguments(tmp_path, max_steps=3, gradient_accumulation_steps=1))
+    with pytest.warns(UserWarning, match="1 steps had a gradient that was not finite"):
+        trainer.train()
+    lines = [line for line in trainer.state.log_history if "grad_norm" in line]
+    assert [line.get("nonfinite_steps") for line in lines] == [None, None, 1]
+
+
+def test_a_resume_with_other_options_says_that_the_checkpoints_are_used(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainer_of(make("llama"), arguments(tmp_path, **options)).train()
+    # Also where nothing decayed the groups are those of a run that decays.
+    trainer = trainer_of(make("llama"), arguments(tmp_path, weight_decay=0.1, **options), rank=6, beta=0.9)
+    with pytest.warns(
+        UserWarning, match=r"beta=0\.95 instead of 0\.9, rank=4 instead of 6, weight_decay=0\.0 instead of 0"
+    ):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert {group["rank"] for group in trainer.optimizer.param_groups if "rank" in group} == {4}
+
+
+def test_the_seq2seq_trainer_takes_the_optimizer_as_an_attribute(tmp_path):
+    sizes = {"d_model": 32, "d_ff": 48, "d_kv": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 64}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
+    args = transformers.Seq2SeqTrainingArguments(
+        str(tmp_path), max_steps=2, logging_steps=1, report_to="none", use_cpu=True, save_strategy="no"
+    )
+    watch = Watch()
+    kwargs = trainer_kwargs(args, rank=4, lr=0.02, callbacks=[watch])
+    trainer = transformers.Seq2SeqTrainer(
+        model=model, args=args, train_dataset=samples(), callbacks=kwargs["callbacks"]
+    )
+    trainer.optimizer_cls_and_kwargs = kwargs["optimizer_cls_and_kwargs"]
+    trainer.train()
+    assert logged(trainer) == watch.norms
+    assert watch.held == set()

@@ -23,7 +23,9 @@ def main(steps: int = 40, micro_batches: int = 4) -> list[float]:
     starts = torch.randint(0, VOCABULARY, (8 * micro_batches * steps, 1))
     rows = (starts + torch.arange(16)) % VOCABULARY
 
-    accelerator = Accelerator(gradient_accumulation_steps=micro_batches)
+    # torchrun without a GPU: gloo, which accelerate takes when it is told.
+    cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=cpu, gradient_accumulation_steps=micro_batches)
     groups = mofasgd.param_groups(model, rank=8, lr=0.02, adamw_lr=3e-3)
     # Clipping belongs here: accelerator.clip_grad_norm_ would see AdamW's gradients only.
     opt = mofasgd.MoFaSGD(groups, max_grad_norm=1.0)

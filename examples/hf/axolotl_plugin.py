@@ -1,6 +1,6 @@
 """Axolotl: put this file on PYTHONPATH and `plugins: [axolotl_plugin.MoFaSGDPlugin]` into the YAML file.
 
-Its `optimizer:` stays at any value of Axolotl's list; this plugin replaces what it names.
+Its `optimizer:` stays `adamw_torch` or `adamw_torch_fused`; this plugin replaces what it names.
 """
 
 from axolotl.integrations.base import BasePlugin

@@ -1,4 +1,7 @@
-"""TRL's DPOTrainer; GRPO, KTO and RLOO alike: the optimizer is given as an attribute, the callbacks as an argument."""
+"""TRL's DPOTrainer; GRPO, KTO, RLOO and transformers' Seq2SeqTrainer alike.
+
+The optimizer is given as an attribute, the callbacks as an argument.
+"""
 
 import sys
 

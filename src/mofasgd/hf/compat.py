@@ -1,8 +1,9 @@
-"""The transformers that is installed, refused at import if it is not one that was tested, and what is used of it."""
+"""The transformers that is installed, refused at import if it is too old, and what is used of it."""
 
 from __future__ import annotations
 
 import re
+import warnings
 
 try:
     import transformers
@@ -16,19 +17,25 @@ OLDEST, NEWEST = (5, 17), (5, 23)
 
 
 def check_version(found: str) -> None:
-    """Raise ImportError unless `found`, as in "5.23.0", is a tested version of transformers."""
+    """Raise ImportError if `found`, as in "5.23.0", is older than what was tested of transformers; warn if newer."""
     parts = re.match(r"(\d+)\.(\d+)", found)
-    if parts is None or not OLDEST <= (int(parts[1]), int(parts[2])) <= NEWEST:
-        low, high = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
+    version = (int(parts[1]), int(parts[2])) if parts else (0, 0)
+    low, high = (".".join(map(str, tested)) for tested in (OLDEST, NEWEST))
+    if version < OLDEST:
         raise ImportError(
-            f"mofasgd.hf works with transformers {low} to {high} but found {found}: "
-            f"pip install 'transformers>={low},<{NEWEST[0]}.{NEWEST[1] + 1}'"
+            f"mofasgd.hf needs transformers {low} or newer but found {found}: pip install 'transformers>={low}'"
+        )
+    if version > NEWEST:
+        warnings.warn(
+            f"mofasgd.hf was tested with transformers {low} to {high} but found {found}: if something is odd, "
+            f"pip install 'transformers<{NEWEST[0]}.{NEWEST[1] + 1}'",
+            stacklevel=2,
         )
 
 
 check_version(transformers.__version__)
 
 from accelerate.state import AcceleratorState, is_initialized  # noqa: E402
-from transformers import Trainer, TrainerCallback  # noqa: E402
+from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
-__all__ = ["AcceleratorState", "Trainer", "TrainerCallback", "check_version", "is_initialized"]
+__all__ = ["AcceleratorState", "Trainer", "TrainerCallback", "TrainingArguments", "check_version", "is_initialized"]

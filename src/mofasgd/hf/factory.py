@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from mofasgd.attach import MODES
 from mofasgd.groups import ParamGroups, param_groups
-from mofasgd.hf.callback import First, MoFaSGDCallback
-from mofasgd.hf.compat import Trainer
-from mofasgd.hf.support import refuse_setup
+from mofasgd.hf.callback import USED, First, MoFaSGDCallback
+from mofasgd.hf.compat import Trainer, TrainerCallback, TrainingArguments
+from mofasgd.hf.support import free, refuse_setup
 from mofasgd.optimizer import MoFaSGD
 from mofasgd.options import FACTORED_KEYS, check_choice, did_you_mean
 
@@ -23,11 +24,21 @@ _logger = logging.getLogger(__name__)
 _GROUP_KEYS = {*inspect.signature(param_groups).parameters, *FACTORED_KEYS} - {
     *("model", "mofasgd_keys", "layout", "transposed")
 }
-_SETTINGS = {*inspect.signature(MoFaSGD).parameters} - {"params", *FACTORED_KEYS}
+_ARGUMENTS = {*inspect.signature(MoFaSGD).parameters} - {"params"}
+_SETTINGS = _ARGUMENTS - {*FACTORED_KEYS}
+# Loading a checkpoint replaces these in the groups.
+_LOADED_KEYS = ("rank", "beta", "complement", "update", "lr_scale", "weight_decay", "betas", "eps")
+_OPTIMS = ("adamw_torch", "adamw_torch_fused")
 
 
 def trainer_kwargs(
-    args: Any, *, rank: int = 32, lr: float | None = None, attach: str = "auto", **options: Any
+    args: Any,
+    *,
+    rank: int = 32,
+    lr: float | None = None,
+    attach: str = "auto",
+    callbacks: Iterable[TrainerCallback] = (),
+    **options: Any,
 ) -> dict[str, Any]:
     """Return the arguments of `transformers.Trainer` that make it train with MoFaSGD.
 
@@ -37,16 +48,21 @@ def trainer_kwargs(
             `weight_decay`, `seed`; at each step: `max_grad_norm`.
         rank, lr: of the factored parameters. There is no default lr.
         attach: mode of `MoFaSGD.attach`; "none" keeps full gradients in `p.grad` (several processes, `complement`).
+        callbacks: more callbacks for the Trainer.
         **options: more arguments of `mofasgd.param_groups` (`adamw_lr`, `factor`, `adamw`, `head`, group keys such as
             `beta`) and of `mofasgd.MoFaSGD` (`seed`, `state_dtype`, ...); they come before what `args` say.
 
     Returns:
-        {"optimizer_cls_and_kwargs": (OptimizerFactory, {...}), "callbacks": [MoFaSGDCallback()]}. More callbacks may
-        be appended to the list.
+        {"optimizer_cls_and_kwargs": (OptimizerFactory, {...}), "callbacks": [MoFaSGDCallback(), *callbacks]}; a
+        Trainer calls the first of the list before its own callbacks.
 
     Raises:
-        ValueError: for an unknown option, no lr, or an argument of `args` that would be without effect.
+        TypeError: if `args` are not TrainingArguments.
+        ValueError: for an unknown option, a value out of range, no lr, or an argument of `args` that would be without
+            effect.
     """
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(f"args should be the TrainingArguments of the Trainer, not {type(args).__name__}")
     if "max_grad_norm" in options:
         raise ValueError(
             f"max_grad_norm={options['max_grad_norm']!r} belongs into TrainingArguments: its value there is used"
@@ -55,7 +71,10 @@ def trainer_kwargs(
     given = {"rank": rank, "lr": lr, **options}
     complete(args, given)
     kwargs = {"training_args": args, "attach": attach, **given}
-    return {"optimizer_cls_and_kwargs": (OptimizerFactory, kwargs), "callbacks": First([MoFaSGDCallback()])}
+    return {
+        "optimizer_cls_and_kwargs": (OptimizerFactory, kwargs),
+        "callbacks": First([MoFaSGDCallback(args), *callbacks]),
+    }
 
 
 class OptimizerFactory:
@@ -70,7 +89,8 @@ class OptimizerFactory:
     ) -> MoFaSGD:
         """Return an optimizer of all trainable parameters of `opt_model`, attached unless attach="none".
 
-        Weight decay is for the parameters that Trainer would decay.
+        Weight decay is for the parameters that Trainer would decay. A model that is still attached, by a `train()`
+        that an exception has ended, is detached first.
 
         Args:
             opt_model: the model, not wrapped.
@@ -83,18 +103,22 @@ class OptimizerFactory:
                 `mofasgd.param_groups`, `mofasgd.MoFaSGD` and `MoFaSGD.attach`.
         """
         check_choice("attach", attach, ("none", *MODES))
+        free(opt_model)
         keyword = options.pop("training_args", None)
-        given = complete(training_args if keyword is None else keyword, options)
-        refuse_setup(attached=attach != "none")
+        args = training_args if keyword is None else keyword
+        given = complete(args, options)
+        refuse_setup(args, attached=attach != "none")
+        decay = given.pop("weight_decay", 0.0)
         groups = param_groups(opt_model, **{key: value for key, value in given.items() if key in _GROUP_KEYS})
-        _decay_as_trainer(groups, opt_model, given.get("weight_decay", 0.0))
+        _decay_as_trainer(groups, opt_model, decay)
         # Schedulers with a minimum take the ratio to the optimizer's own lr.
         opt = MoFaSGD(groups, given["lr"], **{key: value for key, value in given.items() if key in _SETTINGS})
         if attach != "none":
             try:
                 opt.attach(opt_model, attach)
             except ValueError as error:
-                raise ValueError(f"attach={attach!r}: {error}. attach='none' trains without attaching") from None
+                raise ValueError(f"attach={attach!r}: {error} (attach='none' does not attach)") from None
+        opt.register_load_state_dict_pre_hook(_warn_of_loaded)
         _logger.info("%s", groups)
         return opt
 
@@ -114,37 +138,51 @@ def complete(args: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         for key in ("optim_args", "optim_target_modules"):
             if getattr(args, key, None):
                 raise ValueError(f"{key}={getattr(args, key)!r} has no effect on MoFaSGD: give its options as keywords")
+        optim = str(getattr(args.optim, "value", args.optim))
+        if optim not in _OPTIMS:
+            raise ValueError(f"optim={optim!r} has no effect, MoFaSGD replaces it: leave it at {_OPTIMS[0]!r}")
         given = _of_args(args, matched) | given
     if "lr" not in given:
         raise ValueError(
             "MoFaSGD has no default learning rate here, and an lr of AdamW is not one of it: give lr=..., or "
             "lr_scale='match_rms_adamw', which makes args.learning_rate one"
         )
+    # An optimizer of nothing: for its checks.
+    MoFaSGD([{"params": []}], **{key: value for key, value in given.items() if key in _ARGUMENTS})
     return given
 
 
 def _of_args(args: Any, matched: bool) -> dict[str, Any]:
-    found = {
-        "adamw_lr": args.learning_rate,
-        "adamw_betas": (args.adam_beta1, args.adam_beta2),
-        "adamw_eps": args.adam_epsilon,
-        "weight_decay": args.weight_decay,
-        "seed": args.seed,
-    }
+    rate, beta1, beta2, eps, decay, seed = (getattr(args, key) for key in USED)
+    found = {"adamw_lr": rate, "adamw_betas": (beta1, beta2), "adamw_eps": eps, "weight_decay": decay, "seed": seed}
     return {**found, "lr": args.learning_rate} if matched else found
 
 
 def _decay_as_trainer(groups: ParamGroups, model: nn.Module, weight_decay: float) -> None:
-    """Split `groups` where Trainer, which goes by names, would decay some parameters of a group and others not."""
-    if not weight_decay:
-        return
+    """Split `groups`, which do not decay, into what Trainer, which goes by names, would decay and the rest.
+
+    Also where `weight_decay` is 0: a checkpoint fits whatever the decay.
+    """
     # The method does not use its instance, which nobody passes on to a factory.
     names = set(Trainer.get_decay_parameter_names(None, model))
     decayed: set[Tensor] = {p for name, p in model.named_parameters(remove_duplicate=False) if name in names}
     parts = []
     for group in groups:
-        for decay in (weight_decay, 0.0):
-            params = [p for p in group["params"] if (p in decayed) == (decay > 0)]
+        for decays in (True, False):
+            params = [p for p in group["params"] if (p in decayed) == decays]
             if params:
-                parts.append({**group, "params": params, "weight_decay": decay})
+                parts.append({**group, "params": params, "weight_decay": weight_decay if decays else 0.0})
     groups[:] = parts
+
+
+def _warn_of_loaded(opt: Any, loaded: Any) -> None:
+    """Warn if the groups of a state_dict differ from the optimizer's, which they are about to replace."""
+    groups = loaded.get("param_groups", ()) if isinstance(loaded, dict) else ()
+    news = {
+        f"{key}={saved[key]!r} instead of {own[key]!r}"
+        for own, saved in zip(opt.param_groups, groups, strict=False)
+        for key in _LOADED_KEYS
+        if key in own and key in saved and own[key] != saved[key]
+    }
+    if news:
+        warnings.warn(f"the checkpoint's values replace those asked for: {', '.join(sorted(news))}", stacklevel=2)

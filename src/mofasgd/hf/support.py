@@ -1,19 +1,31 @@
-"""What of accelerate's setups is refused, by one function, wherever the optimizer comes from."""
+"""What is done about a model and refused of accelerate's setups, wherever the optimizer comes from."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+from torch import nn
+
+from mofasgd.attach import detach
 from mofasgd.hf.compat import AcceleratorState, is_initialized
 from mofasgd.optimizer import MoFaSGD
 
+_logger = logging.getLogger(__name__)
 
-def refuse_setup(*, attached: bool) -> None:
-    """Raise ValueError if accelerate's state, where there is one, is of a kind that would train wrongly.
+
+def refuse_setup(args: Any, *, attached: bool) -> None:
+    """Raise ValueError if the devices or accelerate's state, where there is one, would train wrongly.
 
     Args:
+        args: TrainingArguments, or None.
         attached: whether gradients are sketched in backward.
     """
+    if attached and args is not None and args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process (nn.DataParallel) would share one set of sketches: make one GPU "
+            "visible (CUDA_VISIBLE_DEVICES=0), or use torchrun with attach='none'"
+        )
     if not is_initialized():
         return
     state: Any = AcceleratorState()
@@ -30,6 +42,12 @@ def refuse_setup(*, attached: bool) -> None:
         )
     if attached and state.mixed_precision == "fp16":
         raise ValueError("fp16 needs a GradScaler, which cannot unscale sketches: use bf16=True, or attach='none'")
+
+
+def free(model: nn.Module) -> None:
+    """Detach `model`, with a warning, from what a `train()` that an exception ended has left it attached to."""
+    if detach(model):
+        _logger.warning("the model was still attached to another optimizer, which no longer trains it")
 
 
 def real_optimizer(optimizer: Any) -> MoFaSGD:
