@@ -15,8 +15,6 @@ a copy; the step drops those that are no directions of M.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -26,6 +24,10 @@ from mofasgd.momentum import sketch
 from mofasgd.rng import key_tensor
 
 Pair = tuple[Tensor, ...]
+
+Operands = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, "Window | None"]
+"""(weight, U, V, None, window), or (weight, None, None, keys, window) while pending; keys are `FirstWindow.keys` on the
+device. No window in compiled graphs, which must not hold what would make them another one for each layer."""
 
 
 def _leaf(rows: int, columns: int, first: FirstWindow, device: torch.device) -> Tensor:
@@ -110,33 +112,25 @@ class Window:
             return None
         return tuple(probe.grad[None] for probe in self.probes if probe.grad is not None)
 
-    def operands(self, dtype: torch.dtype) -> tuple[Any, ...]:
-        """Return (right probe, left probe, U, V, None, name), or the same with (None, None, keys) while pending.
-
-        U (m, r) and V (n, r) come in `dtype`, the layer's own, cast once per step; `keys` are `first`'s, on the device.
-        A compiled graph casts them itself, and must not hold what would make it another one for each layer.
-        """
+    def operands(self) -> tuple[Tensor, Tensor, Operands]:
+        """Return the right and the left probe, and what else a layer's backward reads."""
         assert self.probes is not None
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
+        window = None if torch.compiler.is_compiling() else self
+        if window is not None:
             self.ran = True
-        name = "a compiled layer" if compiling else self.name
+        right, left = self.probes
         if self.keys is not None:
-            return *self.probes, None, None, self.keys, name
-        U, V = self.state["U"], self.state["V"]
-        if dtype is not U.dtype and compiling:
-            U, V = U.to(dtype), V.to(dtype)
-        elif dtype is not U.dtype:
-            if dtype not in self._casts:
-                self._casts[dtype] = (U.to(dtype), V.to(dtype))
-            U, V = self._casts[dtype]
-        return *self.probes, U, V, None, name
+            return right, left, (self.param, None, None, self.keys, window)
+        return right, left, (self.param, self.state["U"], self.state["V"], None, window)
+
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return U (m, r) and V (n, r) in the dtype of a layer, cast once per step."""
+        if dtype not in self._casts:
+            self._casts[dtype] = (self.state["U"].to(dtype), self.state["V"].to(dtype))
+        return self._casts[dtype]
 
     def casts(self) -> list[tuple[Tensor, Tensor]]:
-        """Return (copy, original) of the factors that were cast.
-
-        Copies are renewed in place, so that a graph kept over a step raises instead of sketching by old factors.
-        """
+        """Return (copy, original) of the factors that were cast, for whoever changes the originals."""
         return [(cast, self.state[key]) for pair in self._casts.values() for cast, key in zip(pair, "UV", strict=True)]
 
     @torch.no_grad()
