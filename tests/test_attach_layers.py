@@ -460,3 +460,29 @@ def test_what_the_node_does_not_know_runs_dense_and_the_net_takes_its_gradient()
             for a, b in zip(window.sketches(own["U"], own["V"]), (G @ own["V"], G.T @ own["U"]), strict=True):
                 torch.testing.assert_close(a[0], b)
         window.clear()
+
+
+@pytest.mark.parametrize("shape", [(6, M, N), (6 * M, N)])
+def test_release_casts_a_gradient_tile_by_tile(monkeypatch, shape):
+    monkeypatch.setattr("mofasgd.attach.window._TILE", 40 * N)
+    model = nn.ParameterDict({"stack": nn.Parameter(torch.randn(shape, dtype=torch.bfloat16))})
+    opt = MoFaSGD(param_groups(model, rank=2, lr=0.05, factor=["stack"]))
+    opt.attach(model, "release")
+    gradients = [torch.randn(shape, dtype=torch.bfloat16) for _ in range(2)]
+    for _ in range(2):
+        for G in gradients:
+            with torch.profiler.profile(record_shapes=True) as profile:
+                window_of(opt).add(G)
+            made = [e.input_shapes[0] for e in profile.events() if e.name == "aten::_to_copy" and e.input_shapes]
+            assert all(torch.Size(s).numel() <= 40 * N for s in made if s[-1:] == [N])
+        window, total = window_of(opt), sum(G.double() for G in gradients)
+        if window.pending:
+            right, left = window.first.right(total.device).double(), window.first.left(total.device).double()
+            found = window._start
+        else:
+            right, left = window.state["V"].double(), window.state["U"].double()
+            found = window._sketches
+        for a, b in zip(found, (total @ right, total.mT @ left), strict=True):
+            torch.testing.assert_close(a.double().view(b.shape), b, rtol=1e-5, atol=1e-3)
+        opt.step()
+        opt.zero_grad()

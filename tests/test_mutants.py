@@ -254,8 +254,8 @@ MUTANTS = [
     (
         "the last micro-batch wins",
         "attach/window.py",
-        "return tuple(a + b for a, b in zip(total, more, strict=True))",
-        "return more",
+        "GV.baddbmm_(G, V)",
+        "GV.copy_(G @ V)",
         "test_attach_layers.py::test_attached_training_is_dense_training[convolution-release]",
     ),
     (
@@ -327,6 +327,13 @@ MUTANTS = [
         "torch._C._are_functorch_transforms_active() or ",
         "",
         "test_attach_layers.py::test_what_the_node_does_not_know_runs_dense_and_the_net_takes_its_gradient",
+    ),
+    (
+        "release casts a whole gradient",
+        "attach/window.py",
+        "rows = max(1, _TILE // (m * n)), max(1, _TILE // n)",
+        "rows = batch, m",
+        "test_attach_layers.py::test_release_casts_a_gradient_tile_by_tile",
     ),
     (
         "a view as a layer's output",

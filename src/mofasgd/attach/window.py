@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mofasgd.gradient import FirstWindow
 from mofasgd.layout import as_matrices
-from mofasgd.momentum import sketch
+from mofasgd.precision import in_true_float32
 from mofasgd.rng import key_tensor
 
 Pair = tuple[Tensor, ...]
@@ -39,6 +39,27 @@ def _plus(total: Pair | None, more: Pair | None) -> Pair | None:
     if total is None or more is None:
         return total if more is None else more
     return tuple(a + b for a, b in zip(total, more, strict=True))
+
+
+_TILE = 1 << 22
+"""Elements of a gradient that are cast at a time."""
+
+
+@in_true_float32
+def _add_sketch(GV: Tensor, GtU: Tensor, G: Tensor, U: Tensor, V: Tensor) -> None:
+    """Add G V and G' U to sums in the dtype of U, in place and without a copy of G in it."""
+    batch, m, n = G.shape
+    if G.dtype is U.dtype:
+        GV.baddbmm_(G, V)
+        GtU.baddbmm_(G.mT, U)
+        return
+    matrices, rows = max(1, _TILE // (m * n)), max(1, _TILE // n)
+    for i in range(0, batch, matrices):
+        some = slice(i, i + matrices)
+        for j in range(0, m, rows):
+            tile = G[some, j : j + rows].to(U.dtype)
+            GV[some, j : j + rows] += tile @ V[some]
+            GtU[some].baddbmm_(tile.mT, U[some, j : j + rows])
 
 
 class Window:
@@ -135,14 +156,28 @@ class Window:
 
     @torch.no_grad()
     def add(self, gradient: Tensor) -> None:
-        """Add a dense gradient of the parameter's shape; it is read only."""
-        G = as_matrices(gradient, self.first.shape)
-        batch = self.first.shape.batch
+        """Add a dense gradient of the parameter's shape; it is read only, and cast a tile at a time."""
+        first, (_, m, n) = self.first, self.first.shape
+        G = as_matrices(gradient, first.shape)
+        batch = first.shape.batch
         if len(self.pending) < batch:
-            U, V = (self.state[key].reshape(batch, -1, self.first.rank) for key in "UV")
-            self._sketches = _plus(self._sketches, sketch(G, U, V))
-        if self.pending:
-            self._start = _plus(self._start, self.first.observe(G if len(self.pending) == batch else G[self.pending]))
+            U, V = (self.state[key].reshape(batch, -1, first.rank) for key in "UV")
+            if self._sketches is None:
+                self._sketches = U.new_zeros(batch, m, first.rank), U.new_zeros(batch, n, first.rank)
+            GV, GtU = self._sketches
+            _add_sketch(GV, GtU, G, U, V)
+        if not self.pending:
+            return
+        G = G if len(self.pending) == batch else G[self.pending]
+        if first.dense:
+            # What is added may be the caller's own tensor.
+            self._start = _plus(self._start, first.observe(G))
+            return
+        Omega, Psi = first.right(G.device), first.left(G.device)
+        if self._start is None:
+            self._start = tuple(Omega.new_zeros(len(G), size, w) for size, w in zip((m, n), first.widths, strict=True))
+        Y, Z = self._start
+        _add_sketch(Y, Z, G, Psi.expand(len(G), -1, -1), Omega.expand(len(G), -1, -1))
 
     def sketches(self, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sums of (G V, G' U); zeros where no matrix has a momentum. U and V are those of the state."""
