@@ -1,14 +1,17 @@
 """Linear and embedding layers whose backward makes the sketches of the weight's gradient, and never the gradient.
 
-A layer runs its own forward with a detached weight, then passes the result through a node that changes nothing and
-takes the parameter's two probes. In backward, with delta the gradient of the result (T x m) and x the input (T x n),
+A layer is one node of the graph. It runs torch's own forward, so that the result is torch's to the bit under every
+dtype and autocast, and takes the parameter's two probes. In backward, with delta the gradient of the result (T x m)
+and x the input (T x n),
 
     G = delta' x        so        G V = delta' (x V),        G' U = x' (delta U)
 
-are the node's gradients of the probes. All else stays autograd's: it sums several uses of a weight and several
-micro-batches, reruns checkpointed layers, and the layer's own backward computes the gradients of input and bias.
-The node wraps the layer's output, rather than the layer as a whole, so that the forward is bit for bit
-torch's under every dtype and autocast. Embeddings: x is a row of the identity for each index.
+are the node's gradients of the probes; those of input and bias are torch's. Autograd sums several uses of a weight
+and several micro-batches, and reruns checkpointed layers. Embeddings: x is a row of the identity for each index.
+
+The node gets the weight, U and V in a tuple, which autograd does not look into: it expects no gradient of them, and
+saved-tensor hooks (checkpointing, offloading) have the input alone to keep. That nobody has changed them until
+backward is checked here. Compiled graphs save them as any tensor.
 """
 
 from __future__ import annotations
@@ -18,119 +21,188 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from mofasgd.attach.swap import Attached, own_class
-from mofasgd.attach.window import Window
+from mofasgd.attach.window import Operands, Window
 from mofasgd.rng import gaussian
 
 
-def _same(y: Tensor) -> Tensor:
-    # Not a view for autograd, or layers after this one could not work in place; nothing else refers to y.
-    same: Tensor = torch.ops.aten._unsafe_view.default(y, y.shape)
-    return same
+def _owned(y: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling() and not y._is_view():
+        return y
+    # Layers after this one could not work in place on a view; nothing else refers to y.
+    owned: Tensor = torch.ops.aten._unsafe_view.default(y, y.shape)
+    return owned
 
 
-def _refuse_double_backward(name: str) -> None:
-    # Tracing for torch.compile has gradients enabled without meaning it.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"backward with create_graph=True through {name!r}: its gradient is sketched and cannot be "
-            "differentiated again; use attach(model, mode='release')"
-        )
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _factor(stored: Tensor | None, keys: Tensor, side: int, shape: tuple[int, int], delta: Tensor) -> Tensor:
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # A call of `to` that changes nothing costs as much as a small kernel.
+    return x if x.dtype is dtype else x.to(dtype)
+
+
+def _versions(U: Tensor | None, V: Tensor | None, keys: Tensor | None) -> tuple[int, ...]:
+    if U is not None and V is not None:
+        return U._version, V._version
+    assert keys is not None
+    return (keys._version,)
+
+
+class _Node(torch.autograd.Function):
+    """What both layers share: what is kept for backward, and what backward refuses."""
+
+    @staticmethod
+    def keep(ctx: Any, x: Tensor, right: Tensor, left: Tensor, operands: Operands) -> None:
+        """Keep input and operands."""
+        ctx.widths, ctx.dtype = (right.shape[1], left.shape[1]), right.dtype
+        weight, U, V, keys, window = operands
+        ctx.window = window
+        if window is None:
+            ctx.save_for_backward(x, weight, U, V, keys)
+        else:
+            ctx.save_for_backward(x)
+            ctx.operands = operands
+            ctx.weight_version, ctx.versions = weight._version, _versions(U, V, keys)
+
+    @staticmethod
+    def kept(ctx: Any, delta: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, bool]:
+        """Return (x, weight, U, V, keys, whether to sketch), U and V in the dtype of `delta`.
+
+        Raises:
+            RuntimeError: if a step has changed U, V or the keys since the forward, or gradients are to be
+                differentiated again.
+        """
+        window: Window | None = ctx.window
+        if window is None:
+            x, weight, U, V, keys = ctx.saved_tensors
+            if U is not None:
+                U, V = U.to(delta.dtype), V.to(delta.dtype)
+            return x, weight, U, V, keys, True
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"backward with create_graph=True through {window.name!r}: its gradient is sketched and cannot be "
+                "differentiated again; use attach(model, mode='release')"
+            )
+        (x,) = ctx.saved_tensors
+        weight, U, V, keys, _ = ctx.operands
+        if not weight.requires_grad:
+            return x, weight, None, None, None, False
+        if _versions(U, V, keys) != ctx.versions:
+            raise RuntimeError(
+                f"backward through {window.name!r}: what sketches its gradient has been modified by an inplace "
+                "operation, a step of the optimizer, since the forward; run the forward again"
+            )
+        if U is not None and U.dtype is not delta.dtype:
+            U, V = window.cast(delta.dtype)
+        return x, weight, U, V, keys, True
+
+
+def _factor(stored: Tensor | None, keys: Tensor | None, side: int, shape: tuple[int, int], delta: Tensor) -> Tensor:
     """Return V (side 0) or U (side 1), or the test matrix of the first window, which is made here and not kept."""
-    return gaussian(*shape, keys[side], delta.device, delta.dtype) if stored is None else stored
+    if stored is not None:
+        return stored
+    assert keys is not None
+    return gaussian(*shape, keys[side], delta.device, delta.dtype)
 
 
-class _LinearSketch(torch.autograd.Function):
-    """Identity on y = x W' + b (..., m); gradients (m, .) and (n, .) of the probes are the sketches.
-
-    With U, V or, while the parameter has no momentum, the keys of the test matrices; the other is None.
-    """
+class _LinearSketch(_Node):
+    """y = x W' + b (..., m); gradients (m, .) and (n, .) of the probes are the sketches."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        right: Tensor,
-        left: Tensor,
-        U: Tensor | None,
-        V: Tensor | None,
-        keys: Tensor | None,
-        name: str,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, right: Tensor, left: Tensor, operands: Operands) -> Tensor:
+        weight = operands[0]
+        # Autocast is as the layer finds it; its cache holds the weight's copy.
+        y = F.linear(x, weight, bias)
+        ctx.input, ctx.bias = x.dtype, None if bias is None else bias.dtype
         # Under autocast this is the copy that torch's own layer would save.
-        ctx.save_for_backward(x.to(y.dtype), U, V, keys)
-        ctx.widths, ctx.dtype, ctx.name = (right.shape[1], left.shape[1]), right.dtype, name
-        return _same(y)
+        _Node.keep(ctx, _cast(x, y.dtype), right, left, operands)
+        return _owned(y)
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_double_backward(ctx.name)
-        x, U, V, keys = ctx.saved_tensors
-        x, d = x.reshape(-1, x.shape[-1]), delta.reshape(-1, delta.shape[-1])
-        V = _factor(V, keys, 0, (x.shape[1], ctx.widths[0]), d)
-        GV = d.mT @ (x @ V)
-        # Before U is made: of the first window's matrices there is one at a time.
-        del V
-        U = _factor(U, keys, 1, (d.shape[1], ctx.widths[1]), d)
-        GtU = x.mT @ (d @ U)
-        return (delta if ctx.needs_input_grad[0] else None), None, GV.to(ctx.dtype), GtU.to(ctx.dtype), *[None] * 4
+        x, weight, U, V, keys, sketch = _Node.kept(ctx, delta)
+        shape = x.shape
+        x, d = _rows(x), _rows(delta)
+        dx = db = GV = GtU = None
+        if ctx.needs_input_grad[0]:
+            if ctx.window is not None and weight._version != ctx.weight_version:
+                raise RuntimeError(
+                    f"{ctx.window.name!r}, needed for the gradient of its layer's input, has been modified by an "
+                    "inplace operation since the forward"
+                )
+            # Under autocast the weight is cast once more instead of being held until now.
+            dx = _cast(d @ _cast(weight, d.dtype), ctx.input).view(shape)
+        if ctx.needs_input_grad[1]:
+            db = _cast(d.sum(0), ctx.bias)
+        if sketch:
+            V = _factor(V, keys, 0, (x.shape[1], ctx.widths[0]), d)
+            GV = _cast(d.mT @ (x @ V), ctx.dtype)
+            # Before U is made: of the first window's matrices there is one at a time.
+            del V
+            U = _factor(U, keys, 1, (d.shape[1], ctx.widths[1]), d)
+            GtU = _cast(x.mT @ (d @ U), ctx.dtype)
+        return dx, db, GV, GtU, None
 
 
-class _EmbeddingSketch(torch.autograd.Function):
-    """Identity on y = W[ids] (..., n); as `_LinearSketch`. Rows of `padding` (-1: none) have no gradient."""
+class _EmbeddingSketch(_Node):
+    """y = W[ids] (..., n) by the given options of `F.embedding`; as `_LinearSketch`."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        y: Tensor,
-        ids: Tensor,
-        right: Tensor,
-        left: Tensor,
-        U: Tensor | None,
-        V: Tensor | None,
-        keys: Tensor | None,
-        name: str,
-        padding: int,
+        ctx: Any, ids: Tensor, right: Tensor, left: Tensor, operands: Operands, options: tuple[Any, ...]
     ) -> Tensor:
-        ctx.save_for_backward(ids, U, V, keys)
-        ctx.widths, ctx.dtype, ctx.name = (right.shape[1], left.shape[1]), right.dtype, name
-        ctx.rows, ctx.padding = right.shape[0], padding
-        return _same(y)
+        y = F.embedding(ids, operands[0], *options)
+        # Rows of `padding` (-1: none) have no gradient.
+        ctx.rows, ctx.padding = right.shape[0], -1 if options[0] is None else options[0]
+        _Node.keep(ctx, ids, right, left, operands)
+        return _owned(y)
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_double_backward(ctx.name)
-        ids, U, V, keys = ctx.saved_tensors
-        ids, d = ids.reshape(-1), delta.reshape(-1, delta.shape[-1])
+        ids, _, U, V, keys, sketch = _Node.kept(ctx, delta)
+        if not sketch:
+            return (None,) * 5
+        ids, d = ids.reshape(-1), _rows(delta)
         dV = (d @ _factor(V, keys, 0, (d.shape[1], ctx.widths[0]), d)).to(ctx.dtype)
         # torch's own sum over equal indices, as deterministic as a dense embedding's.
         GV = torch.ops.aten.embedding_dense_backward.default(dV, ids, ctx.rows, ctx.padding, False)
         U = _factor(U, keys, 1, (ctx.rows, ctx.widths[1]), d)
         GtU = d.mT @ torch.where((ids == ctx.padding)[:, None], 0.0, U[ids])
-        return (delta if ctx.needs_input_grad[0] else None), None, GV, GtU.to(ctx.dtype), *[None] * 5
+        return None, GV, GtU.to(ctx.dtype), None, None
 
 
 class _Sketched(Attached):
     """What both layers share."""
 
     weight: Tensor
+    _parameters: dict[str, Tensor | None]
     _mofasgd_window: Window | None = None
 
-    def _live(self) -> Window | None:
-        """Return what sketches this call, or None if it is to run as it always did.
 
-        That is: without gradients, with a frozen weight or another one put in its place (functional_call), or while
-        a small matrix sums its dense gradient in its first window.
-        """
-        window, weight = self._mofasgd_window, self.weight
-        if window is None or not torch.is_grad_enabled() or weight is not window.param or not weight.requires_grad:
-            return None
-        return None if window.probes is None else window
+def _live(module: Any, input: Tensor) -> Window | None:
+    """Return what sketches this call, or None if it is to run as it always did; then the net sees a dense gradient.
+
+    That is: without gradients, with a frozen weight or another one put in its place (functional_call), while a small
+    matrix sums its dense gradient in its first window, and for what our nodes do not know: transforms of `torch.func`,
+    forward-mode derivatives, nested and sparse inputs. A held `forward` finds none after detach.
+    """
+    window: Window | None = vars(module).get("_mofasgd_window")
+    if window is None or window.probes is None or not torch.is_grad_enabled():
+        return None
+    weight = module._parameters.get("weight")
+    if weight is not window.param or not weight.requires_grad:
+        return None
+    if input.is_nested or input.layout is not torch.strided:
+        return None
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    ):
+        return None
+    return window
 
 
 class SketchedLinear(_Sketched):
@@ -140,12 +212,14 @@ class SketchedLinear(_Sketched):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `nn.Linear`'s output."""
-        window = self._live()
+        window = _live(self, input)
         if window is None:
             return F.linear(input, self.weight, self.bias)
-        y = F.linear(input, self.weight.detach(), self.bias)
-        sketched: Tensor = _LinearSketch.apply(y, input, *window.operands(y.dtype))  # type: ignore[no-untyped-call]
-        return sketched
+        own = self._parameters
+        # Attributes of a module are slow; a computed bias is one all the same.
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
+        y: Tensor = _LinearSketch.apply(input, bias, *window.operands())  # type: ignore[no-untyped-call]
+        return y
 
 
 class SketchedEmbedding(_Sketched):
@@ -159,16 +233,12 @@ class SketchedEmbedding(_Sketched):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `nn.Embedding`'s output."""
-        window = self._live()
-        weight = self.weight if window is None else self.weight.detach()
         options = (self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)
-        y = F.embedding(input, weight, *options)
+        window = _live(self, input)
         if window is None:
-            return y
-        padding = -1 if self.padding_idx is None else self.padding_idx
-        operands = (*window.operands(y.dtype), padding)
-        sketched: Tensor = _EmbeddingSketch.apply(y, input, *operands)  # type: ignore[no-untyped-call]
-        return sketched
+            return F.embedding(input, self.weight, *options)
+        y: Tensor = _EmbeddingSketch.apply(input, *window.operands(), options)  # type: ignore[no-untyped-call]
+        return y
 
 
 _MIXINS: dict[type[nn.Module], type[_Sketched]] = {nn.Linear: SketchedLinear, nn.Embedding: SketchedEmbedding}

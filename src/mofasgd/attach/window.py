@@ -15,17 +15,19 @@ a copy; the step drops those that are no directions of M.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from mofasgd.gradient import FirstWindow
 from mofasgd.layout import as_matrices
-from mofasgd.momentum import sketch
+from mofasgd.precision import in_true_float32
 from mofasgd.rng import key_tensor
 
 Pair = tuple[Tensor, ...]
+
+Operands = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, "Window | None"]
+"""(weight, U, V, None, window), or (weight, None, None, keys, window) while pending; keys are `FirstWindow.keys` on the
+device. No window in compiled graphs, which must not hold what would make them another one for each layer."""
 
 
 def _leaf(rows: int, columns: int, first: FirstWindow, device: torch.device) -> Tensor:
@@ -37,6 +39,27 @@ def _plus(total: Pair | None, more: Pair | None) -> Pair | None:
     if total is None or more is None:
         return total if more is None else more
     return tuple(a + b for a, b in zip(total, more, strict=True))
+
+
+_TILE = 1 << 22
+"""Elements of a gradient that are cast at a time."""
+
+
+@in_true_float32
+def _add_sketch(GV: Tensor, GtU: Tensor, G: Tensor, U: Tensor, V: Tensor) -> None:
+    """Add G V and G' U to sums in the dtype of U, in place and without a copy of G in it."""
+    batch, m, n = G.shape
+    if G.dtype is U.dtype:
+        GV.baddbmm_(G, V)
+        GtU.baddbmm_(G.mT, U)
+        return
+    matrices, rows = max(1, _TILE // (m * n)), max(1, _TILE // n)
+    for i in range(0, batch, matrices):
+        some = slice(i, i + matrices)
+        for j in range(0, m, rows):
+            tile = G[some, j : j + rows].to(U.dtype)
+            GV[some, j : j + rows] += tile @ V[some]
+            GtU[some].baddbmm_(tile.mT, U[some, j : j + rows])
 
 
 class Window:
@@ -110,45 +133,51 @@ class Window:
             return None
         return tuple(probe.grad[None] for probe in self.probes if probe.grad is not None)
 
-    def operands(self, dtype: torch.dtype) -> tuple[Any, ...]:
-        """Return (right probe, left probe, U, V, None, name), or the same with (None, None, keys) while pending.
-
-        U (m, r) and V (n, r) come in `dtype`, the layer's own, cast once per step; `keys` are `first`'s, on the device.
-        A compiled graph casts them itself, and must not hold what would make it another one for each layer.
-        """
+    def operands(self) -> tuple[Tensor, Tensor, Operands]:
+        """Return the right and the left probe, and what else a layer's backward reads."""
         assert self.probes is not None
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
+        window = None if torch.compiler.is_compiling() else self
+        if window is not None:
             self.ran = True
-        name = "a compiled layer" if compiling else self.name
+        right, left = self.probes
         if self.keys is not None:
-            return *self.probes, None, None, self.keys, name
-        U, V = self.state["U"], self.state["V"]
-        if dtype is not U.dtype and compiling:
-            U, V = U.to(dtype), V.to(dtype)
-        elif dtype is not U.dtype:
-            if dtype not in self._casts:
-                self._casts[dtype] = (U.to(dtype), V.to(dtype))
-            U, V = self._casts[dtype]
-        return *self.probes, U, V, None, name
+            return right, left, (self.param, None, None, self.keys, window)
+        return right, left, (self.param, self.state["U"], self.state["V"], None, window)
+
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return U (m, r) and V (n, r) in the dtype of a layer, cast once per step."""
+        if dtype not in self._casts:
+            self._casts[dtype] = (self.state["U"].to(dtype), self.state["V"].to(dtype))
+        return self._casts[dtype]
 
     def casts(self) -> list[tuple[Tensor, Tensor]]:
-        """Return (copy, original) of the factors that were cast.
-
-        Copies are renewed in place, so that a graph kept over a step raises instead of sketching by old factors.
-        """
+        """Return (copy, original) of the factors that were cast, for whoever changes the originals."""
         return [(cast, self.state[key]) for pair in self._casts.values() for cast, key in zip(pair, "UV", strict=True)]
 
     @torch.no_grad()
     def add(self, gradient: Tensor) -> None:
-        """Add a dense gradient of the parameter's shape; it is read only."""
-        G = as_matrices(gradient, self.first.shape)
-        batch = self.first.shape.batch
+        """Add a dense gradient of the parameter's shape; it is read only, and cast a tile at a time."""
+        first, (_, m, n) = self.first, self.first.shape
+        G = as_matrices(gradient, first.shape)
+        batch = first.shape.batch
         if len(self.pending) < batch:
-            U, V = (self.state[key].reshape(batch, -1, self.first.rank) for key in "UV")
-            self._sketches = _plus(self._sketches, sketch(G, U, V))
-        if self.pending:
-            self._start = _plus(self._start, self.first.observe(G if len(self.pending) == batch else G[self.pending]))
+            U, V = (self.state[key].reshape(batch, -1, first.rank) for key in "UV")
+            if self._sketches is None:
+                self._sketches = U.new_zeros(batch, m, first.rank), U.new_zeros(batch, n, first.rank)
+            GV, GtU = self._sketches
+            _add_sketch(GV, GtU, G, U, V)
+        if not self.pending:
+            return
+        G = G if len(self.pending) == batch else G[self.pending]
+        if first.dense:
+            # What is added may be the caller's own tensor.
+            self._start = _plus(self._start, first.observe(G))
+            return
+        Omega, Psi = first.right(G.device), first.left(G.device)
+        if self._start is None:
+            self._start = tuple(Omega.new_zeros(len(G), size, w) for size, w in zip((m, n), first.widths, strict=True))
+        Y, Z = self._start
+        _add_sketch(Y, Z, G, Psi.expand(len(G), -1, -1), Omega.expand(len(G), -1, -1))
 
     def sketches(self, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sums of (G V, G' U); zeros where no matrix has a momentum. U and V are those of the state."""
