@@ -486,3 +486,38 @@ def test_state_that_was_cleared_is_made_anew():
     assert moves(model, opt) == [True, True]
     opt.state.clear()
     assert moves(model, opt) == [True, True]
+
+
+def test_a_window_that_is_open_while_a_state_is_loaded_is_dropped():
+    model = pair()
+    opt = MoFaSGD(matrices(model), rank=2)
+    opt.attach(model)
+    assert moves(model, opt) == [True, True]
+    saved = copy.deepcopy(opt.state_dict())
+    before = [p.detach().clone() for p in matrices(model)]
+    model(torch.randn(5, 12)).square().sum().backward()
+    opt.load_state_dict(saved)
+    opt.step()
+    assert all(torch.equal(p, q) for p, q in zip(matrices(model), before, strict=True))
+
+
+def test_layers_in_bfloat16_sketch_by_the_newest_factors():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10, bias=False)).bfloat16()
+    (weight,) = model.parameters()
+    opt = MoFaSGD([weight], rank=2, lr=0.01)
+    opt.attach(model)
+    for _ in range(3):
+        model(torch.randn(5, 12).bfloat16()).square().sum().backward()
+        opt.step()
+        opt.zero_grad()
+    x, twin = torch.randn(5, 12).bfloat16(), copy.deepcopy(model)
+    model(x).square().sum().backward()
+    twin(x).square().sum().backward()
+    U, _, V = opt.factors(weight)
+    window = opt.handle._windows[weight]
+    GV, GtU = (part[0] for part in window.sketches(U[None], V[None]))
+    G = twin[0].weight.grad.float()
+    # Operands and gradient are rounded to 8 bits; by old factors the sketches would be others altogether.
+    for found, wanted in ((GV, G @ V), (GtU, G.mT @ U)):
+        assert (found - wanted).norm() <= 0.02 * wanted.norm()

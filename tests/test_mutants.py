@@ -284,7 +284,7 @@ MUTANTS = [
         "attach/handle.py",
         "        if casts:\n",
         "        if False:\n",
-        "test_attach_life.py::test_a_graph_kept_over_a_step_raises_instead_of_sketching_by_new_factors",
+        "test_attach_life.py::test_layers_in_bfloat16_sketch_by_the_newest_factors",
     ),
     (
         "bfloat16 layers sketch by old factors",
@@ -417,7 +417,7 @@ MUTANTS = [
         "base.py",
         "            self._handle.renew()",
         "            pass",
-        "test_attach.py::test_loading_a_state_forgets_the_window_and_sketches_by_the_loaded_factors",
+        "test_attach_life.py::test_a_window_that_is_open_while_a_state_is_loaded_is_dropped",
     ),
     (
         "test matrices that autocast rounds",
