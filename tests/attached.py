@@ -75,3 +75,8 @@ def distance(model, other, start):
     total = lambda a, b: sum((p - q).double().square().sum() for p, q in zip(a, b, strict=True)).sqrt()  # noqa: E731
     a, b, c = (list(m.parameters()) for m in (model, other, start))
     return (total(a, b) / total(b, c)).item()
+
+
+def windows(handle):
+    """Return the sketching windows of `handle` by the names of their parameters."""
+    return {window.name: window for window in handle._windows.values()}

@@ -242,7 +242,7 @@ MUTANTS = [
         "attach/sketch.py",
         "        if sketch:\n            V = ",
         "        if sketch:\n            d.mT @ x\n            V = ",
-        "test_attach.py::test_no_tensor_of_a_weights_size_is_made_in_backward_from_the_first_window_on",
+        "test_attach_memory.py::test_no_tensor_of_a_weights_size_is_made_in_backward_from_the_first_window_on",
     ),
     (
         "sketched layers without a net",
@@ -284,7 +284,7 @@ MUTANTS = [
         "attach/handle.py",
         "        if casts:\n",
         "        if False:\n",
-        "test_attach_life.py::test_layers_in_bfloat16_sketch_by_the_newest_factors",
+        "test_attach_failures.py::test_layers_in_bfloat16_sketch_by_the_newest_factors",
     ),
     (
         "bfloat16 layers sketch by old factors",
@@ -298,14 +298,14 @@ MUTANTS = [
         "attach/sketch.py",
         "_cast(d @ _cast(weight, d.dtype), ctx.input)",
         "(d.to(weight.dtype) @ weight)",
-        "test_attach_layers.py::test_the_gradients_of_input_and_bias_are_the_layers_own_to_the_bit",
+        "test_attach_node.py::test_the_gradients_of_input_and_bias_are_the_layers_own_to_the_bit",
     ),
     (
         "a weight edited before backward",
         "attach/sketch.py",
         "weight._version != ctx.weight_version",
         "False",
-        "test_attach_layers.py::test_a_weight_changed_before_backward_raises_where_the_inputs_gradient_needs_it",
+        "test_attach_node.py::test_a_weight_changed_before_backward_raises_where_the_inputs_gradient_needs_it",
     ),
     (
         "sketches by factors that a step has changed",
@@ -319,21 +319,21 @@ MUTANTS = [
         "attach/sketch.py",
         "if not weight.requires_grad:\n            return x",
         "if False:\n            return x",
-        "test_attach_layers.py::test_a_weight_frozen_between_forward_and_backward_gets_nothing",
+        "test_attach_node.py::test_a_weight_frozen_between_forward_and_backward_gets_nothing",
     ),
     (
         "a layer under vmap",
         "attach/sketch.py",
         "torch._C._are_functorch_transforms_active() or ",
         "",
-        "test_attach_layers.py::test_what_the_node_does_not_know_runs_dense_and_the_net_takes_its_gradient",
+        "test_attach_node.py::test_what_the_node_does_not_know_runs_dense_and_the_net_takes_its_gradient",
     ),
     (
         "release casts a whole gradient",
         "attach/window.py",
         "rows = max(1, _TILE // (m * n)), max(1, _TILE // n)",
         "rows = batch, m",
-        "test_attach_layers.py::test_release_casts_a_gradient_tile_by_tile",
+        "test_attach_node.py::test_release_casts_a_gradient_tile_by_tile",
     ),
     (
         "a view as a layer's output",
@@ -417,7 +417,7 @@ MUTANTS = [
         "base.py",
         "            self._handle.renew()",
         "            pass",
-        "test_attach_life.py::test_a_window_that_is_open_while_a_state_is_loaded_is_dropped",
+        "test_attach_failures.py::test_a_window_that_is_open_while_a_state_is_loaded_is_dropped",
     ),
     (
         "test matrices that autocast rounds",
@@ -459,7 +459,7 @@ MUTANTS = [
         "attach/window.py",
         "        assert total is not None\n        self.clear()\n",
         "        assert total is not None\n",
-        "test_attach.py::test_the_first_window_needs_no_more_than_its_sketches_and_one_layers_temporaries",
+        "test_attach_memory.py::test_the_first_window_needs_no_more_than_its_sketches_and_one_layers_temporaries",
     ),
     (
         "an old handle detaches a new one",
