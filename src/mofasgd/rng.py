@@ -80,7 +80,15 @@ def random_words(key: int | Tensor, step: int | Tensor, start: int, count: int, 
     second = hash_words(first ^ hashed)
     elements = torch.arange(start, start + count, dtype=torch.int64, device=device)
     low, high = elements.to(torch.int32), (elements >> 32).to(torch.int32)
-    return hash_words(hash_words(low ^ first) ^ high ^ second)
+    # One hash a word: the rest of a weight's update takes a GPU no longer than this.
+    return hash_words(low ^ first ^ hash_words(high)) ^ second
+
+
+def random_halves(key: int, step: Tensor, start: int, count: int, device: torch.device) -> Tensor:
+    """Return uniform 16-bit numbers, int32 (count,), for elements from `start` on: two elements share a word."""
+    words = random_words(key, step, start // 2, (start + count + 1) // 2 - start // 2, device)
+    halves = torch.stack([words & 0xFFFF, (words >> 16) & 0xFFFF], dim=-1).flatten()
+    return halves[start % 2 : start % 2 + count]
 
 
 def gaussian(rows: int, columns: int, key: int | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

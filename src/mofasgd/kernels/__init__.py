@@ -31,11 +31,12 @@ def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
 
-def pointers(tensors: Sequence[Tensor | None], slices: int, size: int, device: torch.device) -> Tensor:
-    """Return the addresses of the matrices of `tensors`, int64 (len(tensors) * slices,), 0 for those of None.
+def pointers(tensors: Sequence[Tensor | None], slices: int, size: int, device: torch.device) -> tuple[Tensor, bool]:
+    """Return the addresses of the matrices of `tensors`, int64 (len(tensors) * slices,); and do 16 bytes divide all?
 
-    `slices` matrices of `size` bytes each make a tensor. Known addresses are not copied again, so that a CUDA graph
-    may be captured once the same tensors have been seen.
+    `slices` matrices of `size` bytes each make a tensor; those of None have the address 0. Known addresses are not
+    copied again, so that a CUDA graph may be captured once the same tensors have been seen.
     """
     starts = [0 if t is None else t.data_ptr() for t in tensors]
-    return _on_device(tuple(start and start + i * size for start in starts for i in range(slices)), device)
+    addresses = tuple(start and start + i * size for start in starts for i in range(slices))
+    return _on_device(addresses, device), all(address % 16 == 0 for address in addresses)
