@@ -17,10 +17,12 @@ SOURCE = ROOT / "src" / "mofasgd"
 
 # From the bottom up; a module may import from lower layers only.
 LAYERS = [
-    {"precision", "rng", "layout"},
+    {"precision", "rng", "layout", "stack", "kernels"},
     {"momentum", "options", "apply"},
-    {"clipping", "complement", "solver", "adamw", "state", "groups", "gradient"},
-    {"factored", "attach"},
+    {"algebra", "clipping", "complement", "adamw", "state", "groups", "gradient"},
+    {"solver", "attach"},
+    {"factored"},
+    {"start"},
     {"base"},
     {"optimizer"},
     {"paper", "hf"},

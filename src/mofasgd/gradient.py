@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from mofasgd.kernels import usable
 from mofasgd.layout import MatrixShape, as_matrices
 from mofasgd.momentum import (
     Factors,
@@ -66,12 +68,20 @@ class FirstWindow:
             return (G.to(self.dtype),)
         return init_sketch(G, self.right(G.device), self.left(G.device))
 
-    def factors(self, observed: list[Tensor]) -> Factors:
-        """Return the factors of M_1 from sums of what `observe` returns; finite."""
-        if self.dense:
-            return truncated_svd(observed[0], self.rank)
-        Y, Z = observed
-        return init_factors(Y, Z, self.left(Y.device), self.rank)
+
+def first_factors(firsts: Sequence[FirstWindow], observed: list[Tensor]) -> Factors:
+    """Return the factors of M_1 of parameters of one shape and rank, P matrices each.
+
+    Args:
+        firsts: one a parameter.
+        observed: sums of what `FirstWindow.observe` returns, all parameters' one after another; finite.
+    """
+    if firsts[0].dense:
+        return truncated_svd(observed[0], firsts[0].rank)
+    each = len(observed[0]) // len(firsts)
+    parts = zip(firsts, *(torch.split(t, each) for t in observed), strict=True)
+    found = [init_factors(Y, Z, first.left(Y.device), first.rank) for first, Y, Z in parts]
+    return Factors(*(torch.cat(values) for values in zip(*found, strict=True)))
 
 
 class Gradient(Protocol):
@@ -89,6 +99,31 @@ class Gradient(Protocol):
         Raises:
             ValueError: if only its sketches exist.
         """
+
+
+def sketch_all(gradients: Sequence[Gradient | None], U: Tensor, V: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """Return (G V, G' U) of parameters of one shape, `batch` matrices each: (B, m, r) and (B, n, r), None as zeros.
+
+    Gradients are never stacked: products run per parameter, or in one kernel over the list of them.
+    """
+    tensors = [gradient.tensor for gradient in gradients if isinstance(gradient, DenseGradient)]
+    if tensors and len(tensors) == sum(gradient is not None for gradient in gradients) and _have_kernel(tensors, U):
+        from mofasgd.kernels.project import sketch_list
+
+        return sketch_list([g.tensor if isinstance(g, DenseGradient) else None for g in gradients], U, V)
+    parts = []
+    for i, gradient in enumerate(gradients):
+        u, v = U[i * batch : (i + 1) * batch], V[i * batch : (i + 1) * batch]
+        parts.append((torch.zeros_like(u), torch.zeros_like(v)) if gradient is None else gradient.sketches(u, v))
+    GV, GtU = (torch.cat(part) for part in zip(*parts, strict=True))
+    return GV, GtU
+
+
+def _have_kernel(tensors: Sequence[Tensor], U: Tensor) -> bool:
+    """Whether one kernel sketches `tensors`: of one dtype below float64, contiguous, on the GPU of U in float32."""
+    same = len({(t.dtype, t.device) for t in tensors} | {(tensors[0].dtype, U.device)}) == 1
+    plain = tensors[0].dtype is not torch.float64 and U.dtype is torch.float32
+    return same and plain and usable(U.device) and all(t.is_contiguous() for t in tensors)
 
 
 @dataclass(frozen=True)

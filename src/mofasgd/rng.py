@@ -7,6 +7,7 @@ last operation is 32-bit integer arithmetic, hence bit-equal on CPU, GPU and in 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -60,6 +61,12 @@ def key_tensor(keys: Sequence[int], device: torch.device) -> Tensor:
     """Return keys for `random_words` as int32 (len(keys), 2): each with its hash, so that no code depends on them."""
     words = [[_signed(key), _signed(hash_word(key))] for key in keys]
     return torch.tensor(words, dtype=torch.int32, device=device)
+
+
+@functools.lru_cache(maxsize=1024)
+def keys_on(keys: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return `key_tensor`, made once: a step copies nothing to the device that it has copied before."""
+    return key_tensor(keys, device)
 
 
 def random_words(key: int | Tensor, step: int | Tensor, start: int, count: int, device: torch.device) -> Tensor:

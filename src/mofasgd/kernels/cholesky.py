@@ -1,4 +1,4 @@
-"""Cholesky factors of many small Gram matrices that may be singular; equals `mofasgd.solver.independent_columns`."""
+"""Cholesky factors of many small Gram matrices that may be singular; equals `mofasgd.algebra.independent_columns`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _factor(gram, upper, inverse, size, tolerance, K: tl.constexpr):
 
 
 def independent_columns(gram: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """See `mofasgd.solver.independent_columns`; gram (B, k, k) float64, k <= LARGEST."""
+    """See `mofasgd.algebra.independent_columns`; gram (B, k, k) float64, k <= LARGEST."""
     gram = gram.contiguous()
     upper, inverse = torch.empty_like(gram), torch.empty_like(gram)
     K = max(16, triton.next_power_of_2(gram.shape[-1]))
