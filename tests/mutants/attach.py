@@ -241,4 +241,32 @@ MUTANTS = [
         "        self._finalizer.detach()\n",
         "test_attach_life.py::test_an_old_handle_does_not_touch_a_new_attachment",
     ),
+    Mutant(
+        "an attach that fails leaves half an attachment",
+        "attach/handle.py",
+        "            self._restore()\n            raise\n",
+        "            raise\n",
+        "test_attach_failures.py::test_an_attach_that_fails_half_way_leaves_the_model_as_it_was",
+    ),
+    Mutant(
+        "an attach that is interrupted leaves half an attachment",
+        "attach/handle.py",
+        "except BaseException:",
+        "except Exception:",
+        "test_attach_failures.py::test_an_attach_that_fails_half_way_leaves_the_model_as_it_was",
+    ),
+    Mutant(
+        "a class of the user's hears of the mixed ones",
+        "attach/swap.py",
+        'such as registering them, from these."""\n',
+        'such as registering them, from these."""\n        super().__init_subclass__(**kwargs)\n',
+        "test_attach_failures.py::test_registries_of_the_users_classes_do_not_see_the_mixed_ones",
+    ),
+    Mutant(
+        "a step is refused after its sketches are used up",
+        "optimizer.py",
+        "        self._check()\n        updates = self._observe(gate)\n",
+        "        updates = self._observe(gate)\n        self._check()\n",
+        "test_attach_failures.py::test_a_refused_step_uses_up_no_sketch",
+    ),
 ]
