@@ -17,10 +17,12 @@ SOURCE = ROOT / "src" / "mofasgd"
 
 # From the bottom up; a module may import from lower layers only.
 LAYERS = [
-    {"precision", "rng", "layout", "stack", "kernels"},
+    {"precision", "layout", "stack", "kernels"},
+    {"rng"},
     {"momentum", "options", "apply"},
-    {"algebra", "clipping", "complement", "adamw", "state", "groups", "gradient"},
-    {"solver", "attach"},
+    {"algebra", "clipping", "complement", "adamw", "state", "groups"},
+    {"solver", "gradient"},
+    {"attach"},
     {"factored"},
     {"start"},
     {"base"},

@@ -150,6 +150,14 @@ def _complete(Q: Tensor) -> Tensor:
     return orthonormal(torch.where(missing, fill, Q))[0]
 
 
+def complete_frame(Q: Tensor) -> Tensor:
+    """Return Q (B, m, r) with any zero columns replaced by an orthonormal completion. Float64."""
+    fill = gaussian(Q.shape[-2], Q.shape[-1], 0, Q.device, Q.dtype).expand_as(Q)
+    fill = fill - Q @ (Q.mT @ fill)
+    missing = Q.square().sum(dim=-2, keepdim=True) < 0.5
+    return orthonormal(torch.where(missing, fill, Q))[0]
+
+
 def _right_vectors(core: Tensor, rank: int) -> Tensor:
     """Return the leading right singular vectors (B, k, rank) of core (B, k, k), in falling order, or zeros."""
     if core.shape[-1] > _DIRECT[core.device.type] and rank < core.shape[-1]:
@@ -232,3 +240,30 @@ def seen(small: Small, sizes: Tensor) -> tuple[Tensor, Tensor]:
     weights = N[:, :, r:] / lengths[:, :, None] * new[:, None, :]
     left, right = weights.chunk(2)
     return left, right
+
+
+def start(YY: Tensor, ZZ: Tensor, PY: Tensor, rank: int) -> Weights:
+    """Return weights (P, l, r) and (P, k, r) that make U of Y and V of Z, and s: `momentum.init_factors`.
+
+    Columns beyond the rank of G are zeros. All float64.
+
+    Args:
+        YY, ZZ: Gram matrices Y'Y (P, l, l) and Z'Z (P, k, k) of the first window's sketches; finite.
+        PY: Psi'Y (P, k, l).
+    """
+    scaled, lengths = _unit(YY)
+    _, N = independent_columns(scaled)
+    N = N / lengths[:, :, None]
+    # Q = Y N;  G ~ Q X  with  X = (Psi'Q)^+ Z',  X' = Z F
+    B, NB, _ = orthonormal(PY @ N)
+    F = B @ NB.mT
+    # X' = P R with P = Z F N2, so that G ~ Q R' P'
+    scaled, lengths = _unit(F.mT @ ZZ @ F)
+    R, N2 = independent_columns(scaled)
+    core = (R * lengths[:, None, :]).mT
+    size = core.abs().amax(dim=(-2, -1), keepdim=True)
+    size = torch.where(size > 0, size, 1.0)
+    right = orthonormal(_right_vectors(core / size, rank))[0]
+    left, _, T = orthonormal(core / size @ right)
+    found = T.diagonal(dim1=-2, dim2=-1).cummin(dim=-1).values * size[:, :, 0]
+    return Weights(N @ left, found, F @ (N2 / lengths[:, :, None]) @ right)

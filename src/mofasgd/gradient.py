@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mofasgd.algebra import complete_frame, start
 from mofasgd.kernels import usable
 from mofasgd.layout import MatrixShape, as_matrices
 from mofasgd.momentum import (
@@ -66,22 +67,50 @@ class FirstWindow:
         """Return what the start needs of G (p, m, n): (G,), or Y (p, m, l) and Z (p, n, k). Linear in G."""
         if self.dense:
             return (G.to(self.dtype),)
+        if usable(G.device) and G.dtype is torch.bfloat16:
+            return _products(G, self)
         return init_sketch(G, self.right(G.device), self.left(G.device))
 
 
-def first_factors(firsts: Sequence[FirstWindow], observed: list[Tensor]) -> Factors:
+def _products(G: Tensor, first: FirstWindow) -> tuple[Tensor, Tensor]:
+    """Return `init_sketch` of a bfloat16 G without a copy of it: bfloat16 holds the test matrices exactly."""
+    l, k = first.widths
+    Omega = gaussian(first.shape.n, l, first.keys[0], G.device, G.dtype)
+    Psi = gaussian(first.shape.m, k, first.keys[1], G.device, G.dtype)
+    Y = torch.stack([torch.mm(g, Omega, out_dtype=first.dtype) for g in G])
+    return Y, torch.stack([torch.mm(g.mT, Psi, out_dtype=first.dtype) for g in G])
+
+
+def first_factors(solver: str, firsts: Sequence[FirstWindow], observed: list[Tensor]) -> Factors:
     """Return the factors of M_1 of parameters of one shape and rank, P matrices each.
 
     Args:
+        solver: a name of `solver.SOLVERS`.
         firsts: one a parameter.
         observed: sums of what `FirstWindow.observe` returns, all parameters' one after another; finite.
     """
     if firsts[0].dense:
         return truncated_svd(observed[0], firsts[0].rank)
     each = len(observed[0]) // len(firsts)
+    if solver == "gram" or (solver == "auto" and usable(observed[0].device)):
+        return _first_by_gram(firsts, *observed)
     parts = zip(firsts, *(torch.split(t, each) for t in observed), strict=True)
     found = [init_factors(Y, Z, first.left(Y.device), first.rank) for first, Y, Z in parts]
     return Factors(*(torch.cat(values) for values in zip(*found, strict=True)))
+
+
+def _first_by_gram(firsts: Sequence[FirstWindow], Y: Tensor, Z: Tensor) -> Factors:
+    """Return what `momentum.init_factors` does, by Gram matrices."""
+    each = len(Y) // len(firsts)
+    YY, ZZ, PY = [], [], []
+    for i, first in enumerate(firsts):
+        y, z = (t[i * each : (i + 1) * each].double() for t in (Y, Z))
+        YY.append(y.mT @ y), ZZ.append(z.mT @ z)
+        PY.append(first.left(Y.device).double().mT @ y)
+    left, s, right = start(torch.cat(YY), torch.cat(ZZ), torch.cat(PY), firsts[0].rank)
+    return Factors(
+        complete_frame(Y.double() @ left).to(Y.dtype), s.to(Y.dtype), complete_frame(Z.double() @ right).to(Y.dtype)
+    )
 
 
 class Gradient(Protocol):

@@ -218,7 +218,9 @@ class MoFaSGD(FactoredOptimizer):
                 # Stacks that have started in part go alone.
                 alone = index if len(pending) < member.shape.batch else None
                 starting.setdefault((*key, alone), ([], pending))[0].append(member)
-        updates += [Start(members, pending, context) for members, pending in starting.values()]
+        for members, pending in starting.values():
+            some = Start.most(members[0])
+            updates += [Start(members[i : i + some], pending, context) for i in range(0, len(members), some)]
         # A started parameter without a gradient stays beside the others, lest their state be moved in memory.
         started = (members for members in buckets.values() if any(m.gradient is not None for m in members))
         return updates + [Update(members, context) for members in started]

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mofasgd.kernels import usable
+
 ROUNDING, START_RIGHT, START_LEFT = 1, 2, 3
 """Purposes: stochastic rounding; the start's test matrices Omega (right) and Psi (left)."""
 
@@ -106,6 +108,11 @@ def gaussian(rows: int, columns: int, key: int | Tensor, device: torch.device, d
     says: a layer under autocast then multiplies by the very matrix that the step inverts in float32.
     """
     result = torch.empty(rows, columns, dtype=dtype, device=device)
+    if usable(device) and result.numel() < 1 << 31:
+        from mofasgd.kernels.gaussian import fill_gaussian
+
+        fill_gaussian(result, keys_on((key,), device)[0] if isinstance(key, int) else key)
+        return result
     tile = max(1, _TILE // columns)
     for row in range(0, rows, tile):
         part = result[row : row + tile]

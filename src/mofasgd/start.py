@@ -8,7 +8,11 @@ from torch import Tensor
 from mofasgd.complement import seen_spaces
 from mofasgd.factored import Context, Member, Update, clean
 from mofasgd.gradient import FirstWindow, first_factors
-from mofasgd.momentum import Factors, power_of_two, real_factors, sketch
+from mofasgd.kernels import usable
+from mofasgd.momentum import Factors, init_widths, power_of_two, real_factors, sketch
+
+_TOGETHER = 1 << 25
+"""Elements of sketches that are turned into momenta at a time (128 MiB, some temporaries as large)."""
 
 
 class Start(Update):
@@ -22,6 +26,14 @@ class Start(Update):
         self.pending = torch.arange(len(members) * len(pending), device=device)
         self.places = None if self.every else torch.tensor(pending, device=device)
         super().__init__(members, context)
+
+    @staticmethod
+    def most(member: Member) -> int:
+        """Return how many parameters like `member` may start together: sketches of many are held at once."""
+        if not usable(member.param.device):
+            return 1
+        (l, k), shape = init_widths(member.state["s"].shape[-1]), member.shape
+        return max(1, _TOGETHER // (shape.batch * (shape.m * l + shape.n * k)))
 
     def observe(self) -> None:
         """Sketch the gradients by the test matrices; sets the attributes from `problem` on."""
@@ -45,7 +57,7 @@ class Start(Update):
         # M_1 is found at a power of two of its size, which may be out of range until the gradient is clipped.
         joined = [clean(t, finite & nonzero) for t in joined]
         scale = power_of_two(*joined)
-        self.first = first_factors(firsts, [t / scale for t in joined])
+        self.first = first_factors(self.context.solver, firsts, [t / scale for t in joined])
         self.s = self.first.s.double() * scale[..., 0]
         squares = self.s.square().sum(dim=-1)
         if self.every:
