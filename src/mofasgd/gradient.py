@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mofasgd.algebra import complete_frame, start
+from mofasgd.algebra import by_gram, complete_frame, start
 from mofasgd.kernels import usable
 from mofasgd.layout import MatrixShape, as_matrices
 from mofasgd.momentum import (
@@ -74,9 +74,9 @@ class FirstWindow:
 
 def _products(G: Tensor, first: FirstWindow) -> tuple[Tensor, Tensor]:
     """Return `init_sketch` of a bfloat16 G without a copy of it: bfloat16 holds the test matrices exactly."""
-    l, k = first.widths
-    Omega = gaussian(first.shape.n, l, first.keys[0], G.device, G.dtype)
-    Psi = gaussian(first.shape.m, k, first.keys[1], G.device, G.dtype)
+    right, left = first.widths
+    Omega = gaussian(first.shape.n, right, first.keys[0], G.device, G.dtype)
+    Psi = gaussian(first.shape.m, left, first.keys[1], G.device, G.dtype)
     Y = torch.stack([torch.mm(g, Omega, out_dtype=first.dtype) for g in G])
     return Y, torch.stack([torch.mm(g.mT, Psi, out_dtype=first.dtype) for g in G])
 
@@ -92,7 +92,7 @@ def first_factors(solver: str, firsts: Sequence[FirstWindow], observed: list[Ten
     if firsts[0].dense:
         return truncated_svd(observed[0], firsts[0].rank)
     each = len(observed[0]) // len(firsts)
-    if solver == "gram" or (solver == "auto" and usable(observed[0].device)):
+    if by_gram(solver, observed[0].dtype):
         return _first_by_gram(firsts, *observed)
     parts = zip(firsts, *(torch.split(t, each) for t in observed), strict=True)
     found = [init_factors(Y, Z, first.left(Y.device), first.rank) for first, Y, Z in parts]
@@ -105,12 +105,12 @@ def _first_by_gram(firsts: Sequence[FirstWindow], Y: Tensor, Z: Tensor) -> Facto
     YY, ZZ, PY = [], [], []
     for i, first in enumerate(firsts):
         y, z = (t[i * each : (i + 1) * each].double() for t in (Y, Z))
-        YY.append(y.mT @ y), ZZ.append(z.mT @ z)
+        YY.append(y.mT @ y)
+        ZZ.append(z.mT @ z)
         PY.append(first.left(Y.device).double().mT @ y)
     left, s, right = start(torch.cat(YY), torch.cat(ZZ), torch.cat(PY), firsts[0].rank)
-    return Factors(
-        complete_frame(Y.double() @ left).to(Y.dtype), s.to(Y.dtype), complete_frame(Z.double() @ right).to(Y.dtype)
-    )
+    U, V = complete_frame(Y.double() @ left), complete_frame(Z.double() @ right)
+    return Factors(U.to(Y.dtype), s.to(Y.dtype), V.to(Y.dtype))
 
 
 class Gradient(Protocol):

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from mofasgd.adamw import AdamWUpdate
+from mofasgd.algebra import SOLVERS
 from mofasgd.apply import Rounding
 from mofasgd.base import FactoredOptimizer
 from mofasgd.clipping import count_bad, measure
 from mofasgd.factored import Context, Displace, Member, Update, take_all
 from mofasgd.gradient import DenseGradient, Gradient
 from mofasgd.options import Group, check_choice, check_flag, check_polar, check_whole, complete
-from mofasgd.solver import SOLVERS
 from mofasgd.start import Start
 from mofasgd.state import factored_shape, waiting
 

@@ -11,12 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mofasgd.algebra import Small, Weights, combine, gram, seen, solve
+from mofasgd.algebra import Small, Weights, by_gram, combine, gram, seen, solve
 from mofasgd.complement import seen_spaces
-from mofasgd.kernels import usable
 from mofasgd.momentum import Factors, real_columns, real_factors, tangent_square_norm, update_factors
-
-SOLVERS = ("auto", "svd", "gram")
 
 
 class Problem(Protocol):
@@ -117,8 +114,7 @@ def _sizes(gradients: Sequence[Tensor]) -> Tensor:
 
 def problem(solver: str, stored: Factors, GV: Tensor, GtU: Tensor) -> ExactProblem | GramProblem:
     """Return the problem of one batch; `solver` is a name of `SOLVERS`."""
-    fast = usable(stored.U.device) and stored.U.dtype is torch.float32
-    if solver == "gram" or (solver == "auto" and fast):
+    if by_gram(solver, stored.U.dtype):
         return GramProblem(stored, GV, GtU)
     return ExactProblem(stored, GV, GtU)
 

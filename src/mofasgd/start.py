@@ -32,8 +32,8 @@ class Start(Update):
         """Return how many parameters like `member` may start together: sketches of many are held at once."""
         if not usable(member.param.device):
             return 1
-        (l, k), shape = init_widths(member.state["s"].shape[-1]), member.shape
-        return max(1, _TOGETHER // (shape.batch * (shape.m * l + shape.n * k)))
+        (right, left), shape = init_widths(member.state["s"].shape[-1]), member.shape
+        return max(1, _TOGETHER // (shape.batch * (shape.m * right + shape.n * left)))
 
     def observe(self) -> None:
         """Sketch the gradients by the test matrices; sets the attributes from `problem` on."""

@@ -37,4 +37,5 @@ def _gaussian(result, key, step, count, BLOCK: tl.constexpr):
 def fill_gaussian(result: Tensor, key: Tensor) -> None:
     """Fill a contiguous matrix of fewer than 2^31 elements; `key` is a row of `rng.key_tensor`."""
     step = torch.zeros((), dtype=torch.int32, device=result.device)
-    _gaussian[(triton.cdiv(result.numel(), 1024),)](result, key, step, result.numel(), BLOCK=1024)
+    with torch.cuda.device_of(result):
+        _gaussian[(triton.cdiv(result.numel(), 1024),)](result, key, step, result.numel(), BLOCK=1024)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mofasgd.kernels import interpreted, pointers
-from mofasgd.kernels.common import matrix_at
+from mofasgd.kernels import pointers
+from mofasgd.kernels.common import TYPES, matrix_at, precision
 
 
 @triton.jit
@@ -48,19 +47,6 @@ def _product(
     tl.store(at, total, mask=row[:, None] & (k < rank)[None, :])
 
 
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-
-
-def _operand(dtype: torch.dtype) -> tl.dtype:
-    # The interpreter multiplies the bits of bfloat16; in float32 the products are the same.
-    return tl.float32 if interpreted() else _TYPES[dtype]
-
-
-def _precision(dtype: torch.dtype) -> str:
-    # Three products of TF32 parts are as good as one in float32, and a tensor core makes them.
-    return "tf32x3" if dtype is torch.float32 else "tf32"
-
-
 def sketch_list(gradients: Sequence[Tensor | None], left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Return (G V, G' U), (B, m, r) and (B, n, r) float32, of a list of gradients.
 
@@ -77,13 +63,12 @@ def sketch_list(gradients: Sequence[Tensor | None], left: Tensor, right: Tensor)
     dtype = some.dtype
     R = max(16, triton.next_power_of_2(rank))
     M, N, warps, stages = (64, 128, 4, 4) if R <= 64 else (128, 64, 8, 3)
-    for result, operand, size, other, along, across in (
-        (GV, right.to(dtype), m, n, n, 1),
-        (GtU, left.to(dtype), n, m, 1, n),
-    ):
-        _product[(triton.cdiv(size, M), batch)](
-            table, operand, result, size, other, rank, along, across,
-            M=M, N=N, R=R, DTYPE=_TYPES[dtype], DOT=_operand(dtype), PRECISION=_precision(dtype), ALIGNED=aligned,
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+    sides = ((GV, right.to(dtype), m, n, n, 1), (GtU, left.to(dtype), n, m, 1, n))
+    with torch.cuda.device_of(left):
+        for result, factor, size, other, along, across in sides:
+            _product[(triton.cdiv(size, M), batch)](
+                table, factor, result, size, other, rank, along, across,
+                M=M, N=N, R=R, DTYPE=TYPES[dtype], DOT=operand(dtype), PRECISION=precision(dtype), ALIGNED=aligned,
+                num_warps=warps, num_stages=stages,
+            )  # fmt: skip
     return GV, GtU
