@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "mofasgd"
 
 # From the bottom up; a module may import from lower layers only.
 LAYERS = [
-    {"precision", "rng", "layout"},
+    {"precision", "rng", "layout", "kernels"},
     {"momentum", "options", "apply"},
     {"clipping", "complement", "solver", "adamw", "state", "groups", "gradient"},
     {"factored", "attach"},

@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from mofasgd.adamw import AdamWUpdate
+from mofasgd.adamw import AdamWMember, AdamWUpdate
 from mofasgd.apply import Rounding
 from mofasgd.base import FactoredOptimizer
 from mofasgd.clipping import count_bad, measure
@@ -196,13 +196,15 @@ class MoFaSGD(FactoredOptimizer):
         context = self._context(gate)
         updates: list[Update | AdamWUpdate] = []
         buckets: dict[tuple[Any, ...], list[Member]] = {}
+        unfactored: dict[tuple[Any, ...], list[AdamWMember]] = {}
         assert self._pending is not None
         for index, param, group in self._parameters():
             if group["algorithm"] == "adamw":
                 if param.grad is not None:
                     state = self.state[param]
                     rounding = Rounding.of(self.stochastic_rounding, self.seed, index, state["step"])
-                    updates.append(AdamWUpdate(param, group, state, rounding, gate))
+                    plain = AdamWMember(param, param.grad, group, state, rounding)
+                    unfactored.setdefault((id(group), param.device), []).append(plain)
                 continue
             member = self._member(index, param, group)
             if member is None:
@@ -212,6 +214,7 @@ class MoFaSGD(FactoredOptimizer):
             else:
                 key = (id(group), member.shape, param.device)
                 buckets.setdefault(key, []).append(member)
+        updates += [AdamWUpdate(plain, gate) for plain in unfactored.values()]
         return updates + [Update(members, context) for members in buckets.values()]
 
     def _check(self) -> None:
