@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mofasgd.kernels import pointers
-from mofasgd.kernels.common import TYPES, matrix_at, precision
+from mofasgd.kernels.common import TYPES, matrix_at, operand, precision
 
 
 @triton.jit
 def _product(
-    matrices, operand, result, m, n, rank, along, across,
+    matrices, factor, result, m, n, rank, along, across,
     M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -38,7 +39,7 @@ def _product(
             other=0.0,
         ).to(DOT)
         B = tl.load(
-            operand + batch * n * rank + columns[:, None] * rank + k[None, :],
+            factor + batch * n * rank + columns[:, None] * rank + k[None, :],
             mask=column[:, None] & (k < rank)[None, :],
             other=0.0,
         ).to(DOT)
