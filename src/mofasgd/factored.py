@@ -243,7 +243,6 @@ class Update:
         param, U = self.members[0].param, self.stored.U
         plain = param.dtype in (torch.float32, torch.bfloat16) and U.dtype is torch.float32
         small = param.numel() < 1 << 33
-        small = small and U.shape[-1] <= 256
         return plain and small and usable(param.device) and all(m.param.is_contiguous() for m in self.members)
 
     def _rates(self, active: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor | None]:

@@ -20,8 +20,8 @@ from mofasgd.kernels.common import matrix_at, operand, precision, random_words, 
 @triton.jit
 def _apply(
     weights, left, right, keep, keys, steps, m, n, rank, slices, tiles,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BFLOAT16: tl.constexpr, STOCHASTIC: tl.constexpr,
-    ALIGNED: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCKS: tl.constexpr, BFLOAT16: tl.constexpr,
+    STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`tiles` tiles of M x N elements, side by side, of matrix `batch`; K columns of the factors at a time."""
     batch = tl.program_id(1).to(tl.int64)
@@ -43,16 +43,12 @@ def _apply(
         inside = (rows[:, None].to(tl.int64) if WIDE else rows[:, None]) * n + columns[None, :]
         mask = row[:, None] & column[None, :]
         value = tl.load(W + inside, mask=mask, other=0.0).to(tl.float32) * kept
-        for block in tl.static_range(0, 256 // K):
-            if block * K < rank:
-                k = block * K + tl.arange(0, K)
-                L = tl.load(
-                    left + rows[:, None] * rank + k[None, :], mask=row[:, None] & (k < rank)[None, :], other=0.0
-                )
-                T = tl.load(
-                    right + k[:, None] * n + columns[None, :], mask=(k < rank)[:, None] & column[None, :], other=0.0
-                )
-                value -= tl.dot(L.to(DOT), T.to(DOT), input_precision=PRECISION)
+        for block in tl.static_range(BLOCKS):
+            k = block * K + tl.arange(0, K)
+            real = k < rank
+            L = tl.load(left + rows[:, None] * rank + k[None, :], mask=row[:, None] & real[None, :], other=0.0)
+            T = tl.load(right + k[:, None] * n + columns[None, :], mask=real[:, None] & column[None, :], other=0.0)
+            value -= tl.dot(L.to(DOT), T.to(DOT), input_precision=PRECISION)
         if STOCHASTIC:
             if EVEN:
                 # Neighbours share a word.
@@ -83,7 +79,7 @@ def apply_factored(
 
     Args:
         weights: contiguous parameters of one shape and dtype (float32 or bfloat16), b matrices (m, n) each.
-        left, right: (B, m, r), (B, n, r), float32, r <= 256; B = len(weights) * b.
+        left, right: (B, m, r), (B, n, r), float32; B = len(weights) * b.
         keep: (B,), float32, what decay leaves.
         keys: (len(weights), 2) int32, rows of `rng.key_tensor`.
         steps: (len(weights),), number of the step.
@@ -97,14 +93,14 @@ def apply_factored(
     table, aligned = pointers(weights, slices, m * n * weights[0].element_size(), left.device)
     # Rows of the right factor are read as they lie in a tile of W.
     left, right = left.to(dtype).contiguous(), right.mT.to(dtype).contiguous()
-    M, N = 64, 64
+    M, N, K = 64, 64, min(128, max(16, triton.next_power_of_2(rank)))
     # Long strips, but enough of them for every multiprocessor.
     tiles = max(1, min(16, batch * triton.cdiv(m, M) * triton.cdiv(n, N) // 2048))
     grid = (triton.cdiv(m, M) * triton.cdiv(n, N * tiles), batch)
     with torch.cuda.device_of(left):
         _apply[grid](
             table, left, right, keep, keys, steps, m, n, rank, slices, tiles,
-            M=M, N=N, K=min(128, max(16, triton.next_power_of_2(rank))), BFLOAT16=bfloat16,
-            STOCHASTIC=stochastic and bfloat16, ALIGNED=aligned, EVEN=n % 2 == 0, WIDE=m * n >= 2**31,
-            DOT=operand(dtype), PRECISION=precision(dtype), num_warps=4,
+            M=M, N=N, K=K, BLOCKS=triton.cdiv(rank, K), BFLOAT16=bfloat16, STOCHASTIC=stochastic and bfloat16,
+            ALIGNED=aligned, EVEN=n % 2 == 0, WIDE=m * n >= 2**31, DOT=operand(dtype), PRECISION=precision(dtype),
+            num_warps=4,
         )  # fmt: skip
