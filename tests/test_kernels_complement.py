@@ -132,10 +132,15 @@ def test_what_is_inside_the_spaces_is_no_direction(transposed, dtype):
     low[::5], low[:, ::7] = 0, 0
     token = torch.zeros(m, n)
     token[::20] = torch.randn(5, n).bfloat16().float()
-    G = torch.stack([low, token, torch.zeros(m, n)]).to(dtype)
+    # Few columns or rows: the rounding of Q and P for the sketches does not average out.
+    inputs = torch.zeros(m, n)
+    inputs[:, ::12] = torch.randn(m, 7).bfloat16().float()
+    outputs = torch.zeros(m, n)
+    outputs[::12] = torch.randn(8, n).bfloat16().float()
+    G = torch.stack([low, token, inputs, outputs, torch.zeros(m, n)]).to(dtype)
     Q, P = spaces(G, rank)
     assert not expected(Q, P, G, transposed, torch.float32).any()
-    E, scales = complement(split(G, 3), Q, P, transposed)
+    E, scales = complement(split(G, 5), Q, P, transposed)
     assert not scales.any()
     assert not E.any()
     assert not square_norm(scales).any()
@@ -144,31 +149,41 @@ def test_what_is_inside_the_spaces_is_no_direction(transposed, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_rows_without_a_direction_among_others(transposed, dtype):
-    m, n, rank = 64, 48, 4
-    G = gradient(1, m, n, rank, dtype)[0]
-    # Rows (columns) of one entry each, alone in its column (row): P (Q) holds them if it holds these unit vectors.
-    G[:3], G[:, :3] = 0, 0
-    G[:3, :3] = torch.diag(torch.tensor([3.0, 1.0, 2.0]))
-    G[10] = 0
-    G[:, 20] = 0
-    Q, P = spaces(G[None], rank)
-    Q[:, :3], P[:, :3] = 0, 0
+    m, n, block = 64, 48, 8
+    G = gradient(1, m, n, block, dtype)
+    # Rows in the first columns, which no other row has: P holds them once it holds these columns, in any basis.
+    G[:, : 2 * block], G[..., :block] = 0, 0
+    G[:, : 2 * block, :block] = torch.randn(1, 2 * block, block).to(dtype)
+    # Besides, they hold a little of another column, half of them too little.
+    length = torch.linalg.vector_norm(G[:, : 2 * block].float(), dim=-1)
+    G[:, : 2 * block, 20] = (length * torch.tensor([3e-4, 0.05]).repeat(block)).to(dtype)
+    G[:, 30], G[..., 40] = 0, 0
+    Q, P = spaces(G, block)
+    Q[:, : 2 * block], P[:, :block], P[..., block:] = 0, 0, 0
+    P[:, :block, block:] = orthonormal(1, block, block)
     Q, P = (torch.linalg.qr(t)[0].contiguous() for t in (Q, P))
-    unit = torch.zeros(1, 64, 3)
-    unit[:, :3] = torch.eye(3)
     if transposed:
-        Q = torch.cat([Q[..., :-3], unit], dim=-1)
-    else:
-        P = torch.cat([P[..., :-3], unit[:, :n]], dim=-1)
-    wanted = expected(Q, P, G[None], transposed)
-    left_out = ~wanted[0].any(dim=0 if transposed else 1)
-    assert left_out[:3].all()
-    assert left_out.sum() == 3
-    E, scales = complement([G.to(DEVICE)], Q, P, transposed)
-    assert torch.equal(scales[0] == 0, left_out)
+        G, Q, P = G.mT.contiguous(), P, Q
+    wanted = expected(Q, P, G, transposed)
+    out = ~wanted[0].any(dim=0 if transposed else 1)
+    assert torch.equal(out.nonzero()[:, 0], torch.arange(0, 2 * block, 2))
+    E, scales = complement(split(G, 1), Q, P, transposed)
+    assert torch.equal(scales[0] == 0, out)
     assert_rows_close(E, wanted, dtype, transposed)
-    expected_norm = wanted.square().sum(dim=(1, 2)).float()
-    torch.testing.assert_close(square_norm(scales), expected_norm, rtol=1e-6, atol=0)
+    torch.testing.assert_close(square_norm(scales), wanted.square().sum(dim=(1, 2)).float(), rtol=1e-6, atol=0)
+
+
+def test_factors_of_a_residual_fit_into_float16():
+    # Row 0 of Q is long and the others add up: H is ten times as large as the sketches.
+    m, n = 512, 256
+    Q, P = torch.full((1, m, 2), m**-0.5), torch.randn(1, n, 2)
+    Q[:, 0, 0], Q[..., 1], P[..., 1] = 1, 0, 0
+    Q, P = (t / torch.linalg.vector_norm(t, dim=1, keepdim=True).clamp(min=1e-3) for t in (Q, P))
+    G = (torch.ones(1, m, 1) * P[..., :1].mT).bfloat16()
+    residual = residual_factors(split(G, 1), Q.to(DEVICE), P.to(DEVICE))
+    assert residual.left.dtype is torch.float16
+    assert residual.left.isfinite().all()
+    assert residual.right.isfinite().all()
 
 
 def test_a_matrix_that_is_not_finite_or_missing_has_no_complement():

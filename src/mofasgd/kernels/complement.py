@@ -192,7 +192,11 @@ def row_scales(
     along, across = n, 1
     if transposed:
         left, right, m, n, along, across = right, left, n, m, across, along
-    t = tiles or (Tiles(64, 128, 128, 2048, 4, 2) if bfloat16 else Tiles(64, 64, 32, 2048, 4, 2))
+    if bfloat16:
+        # All columns of the factors at once, where shared memory has room for them.
+        t = tiles or (Tiles(64, 128, 128, 2048, 4, 2) if inner <= 128 else Tiles(64, 64, 256, 2048, 4, 2))
+    else:
+        t = tiles or Tiles(64, 64, 32, 2048, 4, 2)
     parts = triton.cdiv(n, t.chunk)
     squares = left.new_empty(batch, parts, 2, m, dtype=torch.float32)
     _squares[(triton.cdiv(m, t.M), parts, batch)](
@@ -316,7 +320,8 @@ def apply_complement(
     of_gradients, gradients_aligned = pointers(gradients, slices, m * n * some.element_size(), left.device)
     bfloat16 = weights[0].dtype is torch.bfloat16
     scale, precision = _arithmetic(residual)
-    t = tiles or (Tiles(64, 128, 128, 0, 4, 2) if some.dtype is torch.bfloat16 else Tiles(64, 64, 32, 0, 4, 2))
+    half = some.dtype is torch.bfloat16
+    t = tiles or Tiles(64, 128 if half and bfloat16 else 64, 128 if half else 32, 0, 4, 2)
     grid = (triton.cdiv(m, t.M) * triton.cdiv(n, t.N), batch)
     _apply[grid](
         of_weights, of_gradients, residual.left, residual.right, residual.inverse, scales,
