@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+from mofasgd.kernels import interpreted
+
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def operand(dtype: torch.dtype) -> tl.dtype:
+    """Return the type in which matrices of `dtype` are multiplied."""
+    # The interpreter multiplies the bits of bfloat16; in float32 the products are the same.
+    return tl.float32 if interpreted() else TYPES[dtype]
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Return how matrices of `dtype` are multiplied."""
+    # Three products of TF32 parts are as good as one in float32, and a tensor core makes them.
+    return "tf32x3" if dtype is torch.float32 else "tf32"
 
 
 @triton.jit

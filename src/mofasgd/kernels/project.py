@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mofasgd.kernels import interpreted, pointers
-from mofasgd.kernels.common import matrix_at
+from mofasgd.kernels import pointers
+from mofasgd.kernels.common import TYPES, matrix_at, operand, precision
 
 
 @triton.jit
 def _product(
-    matrices, operand, result, m, n, rank, along, across,
+    matrices, factor, result, m, n, rank, along, across,
     M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -39,26 +39,13 @@ def _product(
             other=0.0,
         ).to(DOT)
         B = tl.load(
-            operand + batch * n * rank + columns[:, None] * rank + k[None, :],
+            factor + batch * n * rank + columns[:, None] * rank + k[None, :],
             mask=column[:, None] & (k < rank)[None, :],
             other=0.0,
         ).to(DOT)
         total = tl.dot(tile, B, total, input_precision=PRECISION)
     at = result + batch * m * rank + rows[:, None] * rank + k[None, :]
     tl.store(at, total, mask=row[:, None] & (k < rank)[None, :])
-
-
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-
-
-def _operand(dtype: torch.dtype) -> tl.dtype:
-    # The interpreter multiplies the bits of bfloat16; in float32 the products are the same.
-    return tl.float32 if interpreted() else _TYPES[dtype]
-
-
-def _precision(dtype: torch.dtype) -> str:
-    # Three products of TF32 parts are as good as one in float32, and a tensor core makes them.
-    return "tf32x3" if dtype is torch.float32 else "tf32"
 
 
 def sketch_list(gradients: Sequence[Tensor | None], left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,13 +64,12 @@ def sketch_list(gradients: Sequence[Tensor | None], left: Tensor, right: Tensor)
     dtype = some.dtype
     R = max(16, triton.next_power_of_2(rank))
     M, N, warps, stages = (64, 128, 4, 4) if R <= 64 else (128, 64, 8, 3)
-    for result, operand, size, other, along, across in (
-        (GV, right.to(dtype), m, n, n, 1),
-        (GtU, left.to(dtype), n, m, 1, n),
-    ):
-        _product[(triton.cdiv(size, M), batch)](
-            table, operand, result, size, other, rank, along, across,
-            M=M, N=N, R=R, DTYPE=_TYPES[dtype], DOT=_operand(dtype), PRECISION=_precision(dtype), ALIGNED=aligned,
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+    sides = ((GV, right.to(dtype), m, n, n, 1), (GtU, left.to(dtype), n, m, 1, n))
+    with torch.cuda.device_of(left):
+        for result, factor, size, other, along, across in sides:
+            _product[(triton.cdiv(size, M), batch)](
+                table, factor, result, size, other, rank, along, across,
+                M=M, N=N, R=R, DTYPE=TYPES[dtype], DOT=operand(dtype), PRECISION=precision(dtype), ALIGNED=aligned,
+                num_warps=warps, num_stages=stages,
+            )  # fmt: skip
     return GV, GtU
