@@ -9,8 +9,9 @@ pytest.importorskip("triton")
 
 from mofasgd.apply import Rounding, apply_update
 from mofasgd.complement import normalized_complement, seen_spaces
-from mofasgd.kernels.complement import Tiles, apply_complement, residual_factors, row_scales, square_norm
+from mofasgd.kernels.complement import Tiles, apply_complement, row_squares
 from mofasgd.momentum import sketch
+from mofasgd.residual import residual_factors, row_scales, square_norm
 from mofasgd.rng import ROUNDING, key_of, key_tensor
 
 pytestmark = [
@@ -22,8 +23,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # Of the length of a row of E: the median and the largest. float32: three TF32 products, or float32 ones, round by 1e-6
 # of |G_i| at most, of which rows here keep 3 % or more. bfloat16: 3e-4 of what is taken away from a row and 5e-4 of
-# what is left of an average row (the kernel's first page), twice that where the spaces are half of all; some rows here
-# are a tenth of the average.
+# what is left of an average row (`mofasgd.residual`), twice that where the spaces are half of all; some rows here are a
+# tenth of the average.
 TOLERANCE = {torch.float32: (1e-5, 5e-5), torch.bfloat16: (4e-3, 1.5e-2)}
 
 
@@ -56,15 +57,14 @@ def complement(gradients, Q, P, transposed=False, tiles=None):
     """Return (E, row scales), E by `apply_complement` into weights of zeros."""
     Q, P = Q.to(DEVICE), P.to(DEVICE)
     residual = residual_factors(gradients, Q, P)
-    scales = row_scales(gradients, residual, transposed=transposed, tiles=tiles)
+    scales = row_scales(gradients, residual, transposed=transposed)
     shape = next(g for g in gradients if g is not None).shape
     weights = [torch.zeros(shape, device=DEVICE) for _ in gradients]
     B, rank = len(Q), Q.shape[-1] // 2
-    none = torch.zeros(B, rank, device=DEVICE)
-    left, right = Q[..., :rank].contiguous(), P[..., :rank].contiguous()
+    none, right = torch.zeros_like(Q[..., :rank]), P[..., :rank]
     keep, keys, steps = torch.ones(B, device=DEVICE), torch.zeros(len(weights), 2), torch.zeros(len(weights))
     apply_complement(
-        weights, gradients, residual, scales, left, right, none, keep,
+        weights, gradients, residual, scales, none, right, keep,
         keys.to(DEVICE, torch.int32), steps.to(DEVICE), stochastic=False, transposed=transposed, tiles=tiles,
     )  # fmt: skip
     return -torch.cat(weights).cpu(), scales.cpu()
@@ -107,9 +107,13 @@ def test_tiles_do_not_change_the_result(dtype):
     G = gradient(1, 70, 150, 4, dtype)
     Q, P = spaces(G, 4)
     wanted = expected(Q, P, G, False)
+    residual = residual_factors([G.to(DEVICE)], Q.to(DEVICE), P.to(DEVICE))
+    squares = row_squares([G.to(DEVICE)], *residual, transposed=False)
     # One block of the 16 columns of the factors or the loop over them; one chunk of columns or several.
     for tiles in (Tiles(16, 32, 16, 64, 4, 1), Tiles(32, 64, 64, 256, 4, 2)):
         assert_rows_close(complement([G.to(DEVICE)], Q, P, tiles=tiles)[0], wanted, dtype)
+        others = row_squares([G.to(DEVICE)], *residual, transposed=False, tiles=tiles)
+        torch.testing.assert_close(others, squares, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -219,8 +223,9 @@ def test_step_equals_apply_update(m, n, dtype, gradient_dtype, transposed):
     for i, weight in enumerate(wanted):
         part = slice(i * slices, (i + 1) * slices)
         rounding = Rounding(True, key_of(seed, ROUNDING, i), torch.tensor(step))
-        scaled = left[part] * coefficients[part, None, :]
-        apply_update(weight, scaled, right[part], extra[part].float(), keep[part], rounding)
+        # Factors of a bfloat16 weight are rounded to it.
+        scaled = (left[part] * coefficients[part, None, :]).to(dtype).float()
+        apply_update(weight, scaled, right[part].to(dtype).float(), extra[part].float(), keep[part], rounding)
 
     G[2, 0, 0] = math.nan
     gradients, weights = split(G, count), split(W, count)
@@ -229,9 +234,9 @@ def test_step_equals_apply_update(m, n, dtype, gradient_dtype, transposed):
     scales = (rate * size)[:, None].to(DEVICE) * row_scales(gradients, residual, transposed=transposed)
     keys = key_tensor([key_of(seed, ROUNDING, i) for i in range(count)], DEVICE)
     steps = torch.full((count,), float(step), device=DEVICE)
-    left, right, coefficients, keep = (t.contiguous().to(DEVICE) for t in (left, right, coefficients, keep))
+    left, right, keep = (t.to(DEVICE) for t in (left * coefficients[:, None, :], right, keep))
     apply_complement(
-        weights, gradients, residual, scales, left, right, coefficients, keep, keys, steps,
+        weights, gradients, residual, scales, left, right, keep, keys, steps,
         stochastic=True, transposed=transposed,
     )  # fmt: skip
     weights = [w.cpu() for w in weights]
@@ -261,13 +266,10 @@ def test_bfloat16_weights_to_nearest():
     gradients, weights = [G.to(DEVICE)], [W.clone().to(DEVICE)]
     residual = residual_factors(gradients, Q, P)
     scales = 0.1 * row_scales(gradients, residual)
-    left, right = Q[..., :4].contiguous(), P[..., :4].contiguous()
-    zeros = torch.zeros(1, 4, device=DEVICE)
+    left, right = torch.zeros_like(Q[..., :4]), P[..., :4]
     keys = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE)
-    apply_complement(
-        weights, gradients, residual, scales, left, right, zeros, torch.ones(1, device=DEVICE), keys, zeros[0, :1],
-        stochastic=False,
-    )  # fmt: skip
+    keep, steps = torch.ones(1, device=DEVICE), torch.zeros(1, device=DEVICE)
+    apply_complement(weights, gradients, residual, scales, left, right, keep, keys, steps, stochastic=False)
     wanted = (W.double() - extra).bfloat16()
     apart = (weights[0].cpu().view(torch.int16).int() - wanted.view(torch.int16).int()).abs()
     assert apart.max() <= 1
