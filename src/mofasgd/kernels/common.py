@@ -56,3 +56,23 @@ def stochastic_bfloat16(value, halves):
     rounded = ((bits + halves) & 0xFFFF0000).to(tl.float32, bitcast=True)
     # An infinity stays what it is, all its lower bits being 0; adding to a NaN might make a number of it.
     return tl.where(value == value, rounded, value).to(tl.bfloat16)
+
+
+@triton.jit
+def tile_halves(key, step, before, rows, first, n, N: tl.constexpr, EVEN: tl.constexpr):
+    """Return 16-bit random numbers for `rows` by the columns first .. first + N - 1 of a matrix with n columns.
+
+    `before` (int64) elements of the parameter lie before the matrix. EVEN: n is. Equals `rng.random_halves`.
+    """
+    if EVEN:
+        # Neighbours share a word, and a word takes longer than the rest of the element.
+        pairs = first // 2 + tl.arange(0, N // 2)
+        number = (before // 2).to(tl.int32) + rows[:, None] * (n // 2) + pairs[None, :]
+        words = random_words(key, step, number)
+        halves = tl.interleave(words & 0xFFFF, words >> 16)
+    else:
+        columns = first + tl.arange(0, N)
+        element = before + rows[:, None].to(tl.int64) * n + columns[None, :]
+        words = random_words(key, step, (element >> 1).to(tl.int32))
+        halves = tl.where((element & 1) == 0, words & 0xFFFF, words >> 16)
+    return halves
