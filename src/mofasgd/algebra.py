@@ -153,10 +153,12 @@ def _right_vectors(core: Tensor, rank: int) -> Tensor:
         _, _, B = orthonormal(core @ Y)
         return Y @ _right_vectors(B, rank)
     if not usable(core.device):
+        rows: Tensor
         _, s, rows = torch.linalg.svd(core)
         # Vectors of the null space may lie in coordinates that stand for no column.
         real = s[:, :rank] > 1e-13 * s[:, :1]
-        return rows[:, :rank].mT * real[:, None, :]
+        found: Tensor = rows[:, :rank].mT * real[:, None, :]
+        return found
     from mofasgd.kernels.jacobi import orthogonal_rows
 
     rows = orthogonal_rows(core.float())
