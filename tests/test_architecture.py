@@ -17,15 +17,16 @@ SOURCE = ROOT / "src" / "mofasgd"
 
 # From the bottom up; a module may import from lower layers only.
 LAYERS = [
-    {"precision", "rng", "layout"},
+    {"precision", "rng", "layout", "snapshot"},
     {"momentum", "options", "apply"},
     {"clipping", "complement", "solver", "adamw", "state", "groups", "gradient"},
     {"factored", "attach"},
     {"base"},
     {"optimizer"},
-    {"paper", "hf"},
+    {"authors", "hf"},
     {"app"},
     {"cli"},
+    {"paper"},
 ]
 
 
