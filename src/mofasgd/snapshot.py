@@ -26,5 +26,5 @@ def start_recording(max_entries: int = MAX_ENTRIES) -> None:
 def save_recording(path: Path) -> None:
     """Write what was recorded to `path` and stop recording."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.cuda.memory._dump_snapshot(str(path))
+    torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
     torch.cuda.memory._record_memory_history(enabled=None)

@@ -6,16 +6,15 @@ Theirs train the blocks' matrices, and Adam beside them, always the same, embedd
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
+from mofasgd.app.config import Settings
 from mofasgd.app.galore import GaLore
 from mofasgd.app.model import GPT
 from mofasgd.authors import AuthorsMFSGD
 
-Settings = dict[str, Any]
 Build = Callable[[GPT, Settings, int], list[Optimizer]]
 
 _REST: Settings = {"adamw_lr": 0.6, "head_lr": 0.008, "gradient_scale": 1.0}
@@ -78,10 +77,14 @@ ROWS: dict[str, tuple[Build, Settings, str]] = {
         "Muon in the authors' set-up",
     ),
     "authors_adam": (_beside(_adam(Adam)), {**_ADAM, "weight_decay": 0.0, **_REST}, "Adam in the authors' set-up"),
-    "authors_adamw": (_beside(_adam(AdamW)), {**_ADAM, "weight_decay": 0.0, **_REST}, "AdamW in the authors' set-up"),
+    "authors_adamw": (
+        _beside(_adam(AdamW)),
+        {**_ADAM, "lr": 0.002, "betas": (0.8, 0.95), "weight_decay": 0.0, **_REST},
+        "AdamW in the authors' set-up",
+    ),
     "authors_sgd": (
         _beside(_sgd),
-        {"lr": 0.001, "beta": 0.95, "beta_start": 0.85, "beta_warmup_steps": 0, "nesterov": True}
+        {"lr": 0.05, "beta": 0.9, "beta_start": 0.85, "beta_warmup_steps": 0, "nesterov": True}
         | {"weight_decay": 0.0, **_REST},
         "SGD in the authors' set-up",
     ),

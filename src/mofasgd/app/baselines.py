@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
-from mofasgd.app.authors import ROWS, Build, Settings
-from mofasgd.app.config import OptimizerConfig
+from mofasgd.app.authors import ROWS, Build
+from mofasgd.app.config import OptimizerConfig, Settings
 from mofasgd.app.galore import GaLore
 from mofasgd.app.model import GPT
 from mofasgd.app.row_norm import RowNormSGD
@@ -170,7 +170,7 @@ def resolve(config: OptimizerConfig) -> Settings:
 def _check(settings: Settings) -> None:
     """Check what the optimizers behind the table do not check, or would report under another name."""
     numbers = ("lr", "adamw_lr", "head_lr", "eps", "weight_decay", "scale", "gradient_scale", "max_grad_norm")
-    for key in (*numbers, "complement"):
+    for key in (*numbers, "complement", "eta1", "eta2", "clip_eps", "max_value"):
         if settings.get(key) is not None:
             check_number(f"optimizer.{key}", settings[key], 0.0)
     for key in ("beta", "beta_start"):

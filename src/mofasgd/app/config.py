@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mofasgd.options import check_choice, check_number, check_whole
+
+Settings = dict[str, Any]
+"""Of an optimizer, defaults filled in, by the names of `OptimizerConfig`."""
 
 Precision = Literal["auto", "float32", "bf16-mixed", "bf16-true"]
 

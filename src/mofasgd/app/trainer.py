@@ -136,7 +136,7 @@ class Trainer:
         for micro in torch.split(windows, config.micro_batch_size or config.batch_size):
             with self._autocast():
                 loss, _ = token_loss(self.forward, micro)
-            (loss / tokens * self.settings.get("gradient_scale", 1.0)).backward()  # type: ignore[no-untyped-call]
+            (loss / tokens * self.settings.get("gradient_scale", 1.0)).backward()
             total += loss.detach()
         if self.step + 1 == config.steps:
             self.gradient_bytes = self._held()
