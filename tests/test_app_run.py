@@ -221,7 +221,7 @@ def test_memory_is_recorded_between_the_steps_that_are_named(tmp_path, monkeypat
     run_quietly(tiny(tmp_path, memory_history=(2, 5)))
     assert seen == [("start", 2), (tmp_path / "run" / "memory.pickle", 5)]
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="memory_history records allocations of a CUDA device.*on cpu: drop it"):
+    with pytest.raises(ValueError, match=r"memory_history records allocations of a CUDA device.*on cpu: drop it"):
         run_quietly(tiny(tmp_path, memory_history=(2, 5), out=tmp_path / "other"))
     with pytest.raises(ValueError, match="memory_history=2,9 ends after the last step, steps=8"):
         tiny(tmp_path, memory_history=(2, 9))
