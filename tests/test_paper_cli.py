@@ -3,16 +3,19 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from authors_case import Theirs
 from torch import nn
 
 from mofasgd.app.trainer import Trainer
 from mofasgd.cli import configured
+from mofasgd.paper import keys
 from mofasgd.paper.__main__ import _flags, main, mapped
 
 MFSGD = (
@@ -138,21 +141,6 @@ def test_flags_scale_the_run_down_and_it_learns(capsys, tmp_path, optimizer, ove
     assert "num_gpus=4" in capsys.readouterr().err
 
 
-class Theirs:
-    """The authors' step, beta M + Ghat from dense matrices, and the schedule of their training loop."""
-
-    def __init__(self, W, rank):
-        U, s, Vh = np.linalg.svd(W, full_matrices=False)
-        self.U, self.s, self.V, self.r = U[:, :rank], s[:rank], Vh[:rank].T, rank
-
-    def step(self, W, G, lr, beta, eta1, eps, most):
-        P, Q = self.U @ self.U.T, self.V @ self.V.T
-        U, s, Vh = np.linalg.svd(beta * (self.U * self.s) @ self.V.T + P @ G + G @ Q - P @ G @ Q, full_matrices=False)
-        self.U, self.s, self.V = U[:, : self.r], s[: self.r], Vh[: self.r].T
-        height = np.where(self.s > eps, np.minimum(1 / np.maximum(self.s, 1e-300), most), 0.0)
-        return W - lr * eta1 * (self.U * height) @ self.V.T
-
-
 def on_four_gpus(model, windows):
     """Gradients of 8 sequences, one a micro-batch, two a GPU: summed on a GPU, averaged over the four."""
     total = {}
@@ -231,6 +219,13 @@ def test_a_mistake_ends_in_one_line(capsys, monkeypatch, tmp_path, arguments, me
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("python -m mofasgd.paper: error: ")
     assert message in error
+
+
+def test_the_guide_names_every_flag_and_key():
+    guide = (Path(__file__).parents[1] / "docs" / "coming-from-the-authors-code.md").read_text()
+    flags = [flag for action in _flags()._actions for flag in action.option_strings if flag not in ("-h", "--help")]
+    known = {**keys._SCHEDULE, **keys._GROUP_FALLBACKS, **{k: 0 for table in keys._FALLBACKS.values() for k in table}}
+    assert [name for name in [*flags, *known] if f"`{name}`" not in guide] == []
 
 
 def test_a_flag_that_nobody_has_names_the_nearest(capsys):

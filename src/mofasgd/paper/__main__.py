@@ -42,10 +42,12 @@ def _flags() -> argparse.ArgumentParser:
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs of the authors' run, whose batch is reproduced")
     parser.add_argument("--list-configs", action="store_true", help="print the base configurations")
     parser.add_argument("--dry-run", action="store_true", help="print the mapped configuration as JSON; no data or GPU")
-    parser.add_argument("--mem-prof", action="store_true", help="record the GPU's allocations, of the whole run if ...")
-    parser.add_argument("--mem-snap-step", type=int, help="... not from the start to after this step (from 0),")
-    parser.add_argument("--mem-start-step", type=int, help="... or from after this step")
-    parser.add_argument("--mem-end-step", type=int, help="... to after this one")
+    parser.add_argument(
+        "--mem-prof", action="store_true", help="record the GPU's allocations; default: of the whole run"
+    )
+    parser.add_argument("--mem-snap-step", type=int, help="with --mem-prof: to the end of this step (from 0)")
+    parser.add_argument("--mem-start-step", type=int, help="with --mem-prof: from the end of this step")
+    parser.add_argument("--mem-end-step", type=int, help="with --mem-start-step: to the end of this step")
     return parser
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from mofasgd.attach import MODES
 from mofasgd.authors import AuthorsMFSGD
 from mofasgd.hf.callback import First, MoFaSGDCallback
 from mofasgd.hf.compat import TrainerCallback
@@ -15,6 +16,7 @@ from mofasgd.hf.factory import OptimizerFactory, complete
 from mofasgd.hf.llamafactory.keys import Plan, Recording
 from mofasgd.hf.support import free, real_optimizer, refuse_setup
 from mofasgd.optimizer import MoFaSGD
+from mofasgd.options import check_choice
 from mofasgd.snapshot import save_recording, start_recording
 
 _logger = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ def attach_mode(plan: Plan, args: Any) -> str:
 
 def check(plan: Plan, args: Any) -> None:
     """Raise ValueError for options that no optimizer can be made from; `args` are TrainingArguments."""
+    check_choice("mofasgd_attach", attach_mode(plan, args), ("none", *MODES))
     try:
         if plan.method == "mofasgd":
             complete(args, plan.options)
