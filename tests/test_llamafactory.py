@@ -18,6 +18,7 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from mofasgd import MoFaSGD
 from mofasgd.authors import AuthorsMFSGD
+from mofasgd.hf import MoFaSGDCallback
 from mofasgd.hf.llamafactory import upstream
 from mofasgd.hf.llamafactory.__main__ import main, prepare
 
@@ -53,6 +54,8 @@ def test_every_stage_trains_with_the_optimizer_of_the_keys(folder, tmp_path, sta
     # The loss's last layer is not the output embedding everywhere; the matrices of the blocks are factored in any case.
     assert sum(len(g["params"]) for g in opt.param_groups if g["algorithm"] == "mofasgd") >= 14
     assert opt.handle is None
+    # Before the reporters, which would be shown Trainer's norm.
+    assert type(trainers[-1].callback_handler.callbacks[0]) is MoFaSGDCallback
     lines = [line for line in trainers[-1].state.log_history if "grad_norm" in line]
     assert len(lines) == 3
     assert lines[-1]["grad_norm"] == pytest.approx(opt.grad_norm().item())
@@ -156,7 +159,7 @@ def test_a_trainer_that_gets_its_optimizer_elsewhere_is_noticed(folder, tmp_path
     """What another version of LLaMA-Factory may do to the one name that is replaced."""
     import llamafactory.train.sft.trainer as module
 
-    run = prepare([configuration(folder, tmp_path, **OURS)])
+    run = prepare([configuration(folder, tmp_path, **FORK)])
     with monkeypatch.context() as patch:
         patch.setattr(module, "create_custom_optimizer", lambda model, args: None)
         with pytest.raises(RuntimeError, match=r"has no create_custom_optimizer.*pip install llamafactory==0\.9\.5"):

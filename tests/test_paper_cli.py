@@ -16,7 +16,7 @@ from torch import nn
 from mofasgd.app.trainer import Trainer
 from mofasgd.cli import configured
 from mofasgd.paper import keys
-from mofasgd.paper.__main__ import _flags, main, mapped
+from mofasgd.paper.__main__ import VALIDATION, _flags, main, mapped
 
 MFSGD = (
     '{"lr": 0.0009, "rank": 16, "beta": 0.95, "eta1": 0.25, "eta2": 0, "use_current_projection": true, '
@@ -245,6 +245,15 @@ def test_a_configuration_file_takes_the_place_of_the_base(capsys, tmp_path):
     assert told["pretrain"]["warmup"] == pytest.approx(0.1)
     assert main(["--list-configs"]) == 0
     assert json.loads(capsys.readouterr().out)["mfsgd"]["rank"] == 32
+
+
+def test_what_follows_from_a_flag_follows():
+    """Data of one's own is held out from for validation; the batch stays theirs in tokens, in fitting micro-batches."""
+    config = config_of("--data.train", "mine.bin", "--data.context", "256")
+    assert (config.data.train, config.data.validation) == (["mine.bin"], [])
+    assert (config.batch_size, config.micro_batch_size) == (2048, 256)
+    odd = config_of("--batch_size", "97")
+    assert (odd.batch_size, odd.micro_batch_size, odd.data.validation) == (97, 1, [VALIDATION])
 
 
 @pytest.mark.parametrize(
