@@ -95,7 +95,7 @@ def test_the_readmes_command_is_mapped_key_by_key(capsys, monkeypatch):
     assert pretrain["micro_batch_size"] * pretrain["data"]["context"] == 64 * 1024
     assert (pretrain["steps"], pretrain["warmup"], pretrain["cooldown"]) == (1390, 0.0, 0.4)
     assert any("use_current_projection is idle" in note for note in told["notes"])
-    assert any("num_gpus=4" in note and "8 micro-batches" in note for note in told["notes"])
+    assert any("num_gpus=4" in note and "8 times 64 sequences" in note for note in told["notes"])
 
 
 def test_the_galore_command_is_mapped(capsys):

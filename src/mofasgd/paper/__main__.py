@@ -27,6 +27,13 @@ PROG = "python -m mofasgd.paper"
 TOKENS, MICRO_TOKENS, STEPS, VALIDATION_TOKENS = 8 * 64 * 1024, 64 * 1024, 1390, 10 * 2**20
 CONTEXT = 1024
 TRAIN, VALIDATION = (f"data/fineweb10B/fineweb_{part}_*.bin" for part in ("train", "val"))
+RUN: dict[str, Any] = (
+    {"model.layers": 12, "model.width": 768, "model.heads": 6, "model.vocab_size": 50304}
+    | {"data.train": [TRAIN], "data.validation": [VALIDATION], "data.context": CONTEXT}
+    | {"steps": STEPS, "batch_size": TOKENS // CONTEXT, "eval_every": 20, "eval_tokens": VALIDATION_TOKENS}
+    | {"save_last": False}
+)
+"""What all their runs share, in keys of `mofasgd pretrain`."""
 
 
 def _flags() -> argparse.ArgumentParser:
@@ -95,20 +102,17 @@ def mapped(flags: argparse.Namespace, rest: Sequence[str]) -> tuple[Any, Pretrai
     schedule, more = schedule_of(theirs, given, _steps(rest))
     summed = _summed(flags.num_gpus)
     settings |= {"name": f"authors_{flags.optimizer}", "gradient_scale": float(summed)}
-    defaults: dict[str, Any] = {f"optimizer.{key}": value for key, value in settings.items()} | schedule
-    defaults |= {"model.layers": 12, "model.width": 768, "model.heads": 6, "model.vocab_size": 50304}
-    defaults |= {"data.train": [TRAIN], "data.validation": [VALIDATION], "data.context": CONTEXT}
-    defaults |= {"steps": STEPS, "batch_size": TOKENS // CONTEXT, "eval_every": 20, "eval_tokens": VALIDATION_TOKENS}
-    defaults |= {"out": f"runs/paper/{flags.optimizer}", "save_last": False}
+    defaults = {**RUN, "out": f"runs/paper/{flags.optimizer}", **schedule}
+    defaults |= {f"optimizer.{key}": value for key, value in settings.items()}
     function, config = configured("pretrain", rest, prog=PROG, defaults=defaults)
     config = _fitted(config, rest, _memory(flags))
     resolve(config.optimizer)
-    micro = config.batch_size // config.micro_batch_size
+    times = config.batch_size // config.micro_batch_size
     notes += [
         *more,
         f"num_gpus={flags.num_gpus}: one device takes the whole batch of {config.batch_size * config.data.context} "
-        f"tokens in {micro} micro-batches; gradients are multiplied by {summed}, the number of micro-batches that "
-        "each GPU summed",
+        f"tokens, {times} times {config.micro_batch_size} sequences; gradients are multiplied by {summed}, the number "
+        "of micro-batches that each GPU summed",
     ]
     told = plain(config)
     told["optimizer"] = {key: value for key, value in told["optimizer"].items() if value is not None}
