@@ -220,6 +220,13 @@ def test_memory_is_recorded_between_the_steps_that_are_named(tmp_path, monkeypat
     monkeypatch.setattr("mofasgd.app.run.save_recording", lambda path: seen.append((path, len(steps))))
     run_quietly(tiny(tmp_path, memory_history=(2, 5)))
     assert seen == [("start", 2), (tmp_path / "run" / "memory.pickle", 5)]
+    # An error within the window: what was recorded is what one wants to see then.
+    seen.clear(), steps.clear()
+    broken = lambda self: original(self) if self.step < 3 else pytest.fail("out of memory")  # noqa: E731
+    monkeypatch.setattr(Trainer, "train_step", broken)
+    with pytest.raises(pytest.fail.Exception):
+        run_quietly(tiny(tmp_path, memory_history=(2, 5), out=tmp_path / "broken"))
+    assert [what for what, _ in seen] == ["start", tmp_path / "broken" / "memory.pickle"]
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"memory_history records allocations of a CUDA device.*on cpu: drop it"):
         run_quietly(tiny(tmp_path, memory_history=(2, 5), out=tmp_path / "other"))

@@ -226,9 +226,8 @@ class Session:
             start_recording()
             self.recording = True
         self.losses.append(trainer.train_step())
-        if self.recording and trainer.step not in recorded:
-            save_recording(self.out / "memory.pickle")
-            self.recording = False
+        if trainer.step not in recorded:
+            self._stop_recording()
         step, last = trainer.step, trainer.step == config.steps
         evaluate = last or step % config.eval_every == 0
         save = config.save_last if last else config.checkpoint_every > 0 and step % config.checkpoint_every == 0
@@ -263,8 +262,14 @@ class Session:
         result: dict[str, Any] = self.record["result"]
         return result
 
+    def _stop_recording(self) -> None:
+        if self.recording:
+            save_recording(self.out / "memory.pickle")
+            self.recording = False
+
     def close(self) -> None:
-        """Close the metric files."""
+        """Close the metric files; save a recording that an error, out of memory say, has ended."""
+        self._stop_recording()
         for sink in self.sinks:
             sink.close()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from mofasgd.hf.llamafactory.keys import Plan, read
@@ -84,25 +86,30 @@ def prepare(arguments: Sequence[str]) -> Callable[[], None]:
     _, _, args, finetuning, _ = upstream.hparams.get_train_args(dict(plan.rest))
     if plan.recording is not None:
         check_recordable("profile_memory_*")
-    watchers, memory = callbacks(plan)
-    if memory is not None and plan.recording is not None and plan.recording.early:
-        memory.start(args)
-    if plan.method is None:
-        return lambda: upstream.run_exp(plan.rest, watchers)
-    if upstream.use_ray():
-        raise ValueError("USE_RAY trains in other processes, which know nothing of MoFaSGD: unset it")
-    refuse(plan, args, finetuning, upstream.STAGES)
-    check(plan, args)
+    if plan.method is not None:
+        if upstream.use_ray():
+            raise ValueError("USE_RAY trains in other processes, which know nothing of MoFaSGD: unset it")
+        refuse(plan, args, finetuning, upstream.STAGES)
+        check(plan, args)
     if args.should_log:
         _show_log()
     for note in plan.notes:
         _logger.warning(note)
+    return partial(_train, upstream, plan, args, finetuning.stage)
 
-    def train() -> None:
-        with upstream.replaced(finetuning.stage, lambda model, its_args: make(plan, model, its_args)):
+
+def _train(upstream: Any, plan: Plan, args: Any, stage: str) -> None:
+    own = upstream.replaced(stage, partial(make, plan))
+    watchers, memory = callbacks(plan)
+    if memory is not None and memory.recording.early:
+        memory.start(args)
+    try:
+        with nullcontext() if plan.method is None else own:
             upstream.run_exp(plan.rest, watchers)
-
-    return train
+    finally:
+        # Also after an error: out of memory is what the recording is for.
+        if memory is not None:
+            memory.stop(args)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -106,7 +106,8 @@ class MemoryCallback(TrainerCallback):
             start_recording(self.recording.max_entries)
             self._on = True
 
-    def _stop(self, args: Any) -> None:
+    def stop(self, args: Any) -> None:
+        """Save what was recorded, if that is not done yet."""
         if self._on:
             save_recording(Path(args.output_dir) / "memory.pickle")
             self._on = False
@@ -119,16 +120,16 @@ class MemoryCallback(TrainerCallback):
         """Count a micro-batch that is not the last of its step."""
         self._micro += 1
         if self._micro == self.recording.stop_accumulation_step:
-            self._stop(args)
+            self.stop(args)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count a step; the first one ends a recording that is counted in its micro-batches."""
         if self.recording.stop_accumulation_step or state.global_step == self.recording.stop_step:
-            self._stop(args)
+            self.stop(args)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save what was recorded to the end."""
-        self._stop(args)
+        self.stop(args)
 
 
 def callbacks(plan: Plan) -> tuple[list[TrainerCallback], MemoryCallback | None]:
