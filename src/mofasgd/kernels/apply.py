@@ -1,0 +1,106 @@
+"""W <- keep W - L R' for a list of same-shaped weights, in one read and one write of each.
+
+Equals `mofasgd.apply.apply_update` up to the rounding of the product: of L and R to the dtype of W, bfloat16's 8 bits
+of a step that is itself a small part of the weight's last place, or to float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mofasgd.kernels import pointers
+from mofasgd.kernels.common import matrix_at, operand, precision, random_words, stochastic_bfloat16
+
+
+@triton.jit
+def _apply(
+    weights, left, right, keep, keys, steps, m, n, rank, slices, tiles,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCKS: tl.constexpr, BFLOAT16: tl.constexpr,
+    STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`tiles` tiles of M x N elements, side by side, of matrix `batch`; K columns of the factors at a time."""
+    batch = tl.program_id(1).to(tl.int64)
+    strips = tl.cdiv(n, N * tiles)
+    rows = (tl.program_id(0) // strips) * M + tl.arange(0, M)
+    first = (tl.program_id(0) % strips) * tiles * N
+    row = rows < m
+    W = matrix_at(weights + batch, tl.bfloat16 if BFLOAT16 else tl.float32, ALIGNED)
+    left += batch * m * rank
+    right += batch * n * rank
+    kept = tl.load(keep + batch)
+    param, before = batch // slices, (batch % slices) * m * n
+    step = tl.load(steps + param)
+
+    # The loop is what lets the next tile be read while this one is multiplied.
+    for start in tl.range(first, tl.minimum(first + tiles * N, n), N, num_stages=3):
+        columns = start + tl.arange(0, N)
+        column = columns < n
+        inside = (rows[:, None].to(tl.int64) if WIDE else rows[:, None]) * n + columns[None, :]
+        mask = row[:, None] & column[None, :]
+        value = tl.load(W + inside, mask=mask, other=0.0).to(tl.float32) * kept
+        for block in tl.static_range(BLOCKS):
+            k = block * K + tl.arange(0, K)
+            real = k < rank
+            L = tl.load(left + rows[:, None] * rank + k[None, :], mask=row[:, None] & real[None, :], other=0.0)
+            T = tl.load(right + k[:, None] * n + columns[None, :], mask=real[:, None] & column[None, :], other=0.0)
+            value -= tl.dot(L.to(DOT), T.to(DOT), input_precision=PRECISION)
+        if STOCHASTIC:
+            if EVEN:
+                # Neighbours share a word.
+                pairs = start // 2 + tl.arange(0, N // 2)
+                number = (before // 2).to(tl.int32) + rows[:, None] * (n // 2) + pairs[None, :]
+                words = random_words(keys + 2 * param, step, number)
+                halves = tl.interleave(words & 0xFFFF, words >> 16)
+            else:
+                element = before + rows[:, None].to(tl.int64) * n + columns[None, :]
+                words = random_words(keys + 2 * param, step, (element >> 1).to(tl.int32))
+                halves = tl.where((element & 1) == 0, words & 0xFFFF, words >> 16)
+            tl.store(W + inside, stochastic_bfloat16(value, halves), mask=mask)
+        else:
+            tl.store(W + inside, value.to(W.dtype.element_ty), mask=mask)
+
+
+def apply_factored(
+    weights: Sequence[Tensor],
+    left: Tensor,
+    right: Tensor,
+    keep: Tensor,
+    keys: Tensor,
+    steps: Tensor,
+    *,
+    stochastic: bool,
+) -> None:
+    """Set W <- keep W - left right' for every matrix of `weights`, in place, in one launch.
+
+    Args:
+        weights: contiguous parameters of one shape and dtype (float32 or bfloat16), b matrices (m, n) each.
+        left, right: (B, m, r), (B, n, r), float32; B = len(weights) * b.
+        keep: (B,), float32, what decay leaves.
+        keys: (len(weights), 2) int32, rows of `rng.key_tensor`.
+        steps: (len(weights),), number of the step.
+        stochastic: round bfloat16 at random.
+    """
+    batch, m, rank = left.shape
+    n = right.shape[1]
+    dtype = weights[0].dtype
+    bfloat16 = dtype is torch.bfloat16
+    slices = batch // len(weights)
+    table, aligned = pointers(weights, slices, m * n * weights[0].element_size(), left.device)
+    # Rows of the right factor are read as they lie in a tile of W.
+    left, right = left.to(dtype).contiguous(), right.mT.to(dtype).contiguous()
+    M, N, K = 64, 64, min(128, max(16, triton.next_power_of_2(rank)))
+    # Long strips, but enough of them for every multiprocessor.
+    tiles = max(1, min(16, batch * triton.cdiv(m, M) * triton.cdiv(n, N) // 2048))
+    grid = (triton.cdiv(m, M) * triton.cdiv(n, N * tiles), batch)
+    with torch.cuda.device_of(left):
+        _apply[grid](
+            table, left, right, keep, keys, steps, m, n, rank, slices, tiles,
+            M=M, N=N, K=K, BLOCKS=triton.cdiv(rank, K), BFLOAT16=bfloat16, STOCHASTIC=stochastic and bfloat16,
+            ALIGNED=aligned, EVEN=n % 2 == 0, WIDE=m * n >= 2**31, DOT=operand(dtype), PRECISION=precision(dtype),
+            num_warps=4,
+        )  # fmt: skip
