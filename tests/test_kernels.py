@@ -61,7 +61,7 @@ def test_weights_move_as_by_the_plain_update(dtype, shape, rank):
         else:
             # The same random number rounds both; sums in another order cross it here and there, by one last place.
             assert (distance > 0).float().mean() <= 1e-3
-            assert (distance <= 2.0**-7 * weight.float().abs().clamp(min=2.0**-20)).all()
+            assert (distance <= 2.0**-7 * weight.float().abs() + 1e-6 * rank**0.5).all()
 
 
 def test_weights_are_left_alone_to_the_bit_where_nothing_moves():
@@ -110,9 +110,10 @@ def test_rotated_rows_are_orthogonal_and_keep_the_singular_values(size):
 def test_test_matrices_are_the_same_to_the_bit(dtype):
     from mofasgd.kernels.gaussian import fill_gaussian
 
-    found = torch.empty(370, 11, dtype=dtype, device=DEVICE)
-    fill_gaussian(found, key_tensor([5], DEVICE)[0])
-    assert torch.equal(found.cpu(), gaussian(370, 11, 5, torch.device("cpu"), dtype))
+    found = torch.empty(2, 370, 11, dtype=dtype, device=DEVICE)
+    fill_gaussian(found, key_tensor([5, 9], DEVICE))
+    for matrix, key in zip(found.cpu(), (5, 9), strict=True):
+        assert torch.equal(matrix, gaussian(370, 11, key, torch.device("cpu"), dtype))
 
 
 def test_addresses_are_those_of_the_matrices():

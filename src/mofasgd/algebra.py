@@ -35,7 +35,7 @@ SOLVERS = ("auto", "svd", "gram")
 DEPENDENT = 1e-12
 """A column whose squared distance from those before it is below this part of its square depends on them."""
 
-_DIRECT = {"cpu": 1 << 30, "cuda": 128}
+_DIRECT = {"cpu": 1 << 30, "cuda": 64}
 """Rows of the largest core whose singular vectors are found at once: by LAPACK, by Jacobi rotations."""
 
 _ITERATIONS = 3

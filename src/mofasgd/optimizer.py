@@ -14,7 +14,7 @@ from mofasgd.algebra import SOLVERS
 from mofasgd.apply import Rounding
 from mofasgd.base import FactoredOptimizer
 from mofasgd.clipping import count_bad, measure
-from mofasgd.factored import Context, Displace, Member, Update, take_all
+from mofasgd.factored import Context, Displace, Member, Update, observe_all, take_all
 from mofasgd.gradient import DenseGradient, Gradient
 from mofasgd.options import Group, check_choice, check_flag, check_polar, check_whole, complete
 from mofasgd.start import Start
@@ -179,6 +179,7 @@ class MoFaSGD(FactoredOptimizer):
 
         self._check()
         updates = self._observe(gate)
+        observe_all([update for update in updates if isinstance(update, Update)])
         squares = self._taken.squares + [update.square_norms.sum() for update in updates]
         self._norm, factor = measure(squares, self.max_grad_norm, grad_scale)
         take_all([update for update in updates if isinstance(update, Update)], factor)
@@ -267,6 +268,7 @@ class MoFaSGD(FactoredOptimizer):
         context = self._context(None)
         member = self._member(index, param, group)
         update = Start([member], pending, context) if pending else Update([member], context)
+        observe_all([update])
         take_all([update], None)
         self._taken.squares.append(update.square_norms.sum())
         self._taken.finite.append(update.finite)

@@ -21,7 +21,8 @@ from mofasgd.kernels.common import matrix_at, operand, precision, random_words, 
 def _apply(
     weights, left, right, keep, keys, steps, m, n, rank, slices, tiles,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCKS: tl.constexpr, BFLOAT16: tl.constexpr,
-    STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`tiles` tiles of M x N elements, side by side, of matrix `batch`; K columns of the factors at a time."""
     batch = tl.program_id(1).to(tl.int64)

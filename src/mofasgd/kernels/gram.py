@@ -73,7 +73,7 @@ def gram(U: Tensor, S: Tensor, T: int = 64, M: int = 32, warps: int = 4) -> Tens
     parts = U.new_empty(batch, chunks, 2 * rank, 2 * rank, dtype=torch.float64)
     with torch.cuda.device_of(U):
         _gram[(tiles, chunks, batch)](U, S, parts, m, rank, chunk, T=T, M=M, num_warps=warps)
-    return parts.sum(dim=1)
+    return parts.sum(dim=1) if chunks > 1 else parts[:, 0]
 
 
 def combine(U: Tensor, S: Tensor, weights: Tensor, active: Tensor, M: int = 64, K: int = 32, warps: int = 4) -> Tensor:
