@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from mutants import app, attach, core, hf
+from mutants import app, attach, core, hf, paper
 
 ROOT = Path(__file__).parents[1]
 
-PARTS = (core, attach, app, hf)
+PARTS = (core, attach, app, hf, paper)
 
 pytestmark = pytest.mark.slow
 
