@@ -74,6 +74,59 @@ def test_hard_gradients_leave_no_nan(shape):
     assert opt.nonfinite_steps == 10
 
 
+def running(rank, complement=0.0):
+    """Return an optimizer of all kinds of parameters whose matrices have started, and what makes new gradients."""
+    shapes = [(256, 192), (256, 192), (3, 128, 96), (192,), (40, 24)]
+    params = [nn.Parameter(torch.randn(s, device=CUDA, dtype=torch.bfloat16)) for s in shapes]
+    groups = [{"params": params[:3], "complement": complement}, {"params": params[3:], "algorithm": "adamw"}]
+    opt = MoFaSGD(groups, lr=torch.tensor(0.01, device=CUDA), rank=rank, max_grad_norm=1.0, weight_decay=0.01)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    for _ in range(3):
+        opt.step()
+    return opt, params
+
+
+@pytest.mark.parametrize("rank", [8, 32, 80])
+@pytest.mark.parametrize("complement", [0.0, 1.0])
+def test_a_step_waits_for_nothing_once_all_have_started(rank, complement):
+    opt, params = running(rank, complement)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            opt.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("rank", [8, 32])
+def test_a_step_can_be_captured_and_reads_new_gradients_and_rates(rank):
+    opt, params = running(rank)
+    other, copies = running(rank)
+    for p, q in zip(params, copies, strict=True):
+        q.data.copy_(p)
+        q.grad.copy_(p.grad)
+    other.load_state_dict(opt.state_dict())
+    other.step()
+    opt.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.step()
+    for rate in (0.01, 0.003):
+        for p, q in zip(params, copies, strict=True):
+            p.grad.normal_()
+            q.grad.copy_(p.grad)
+        for some in (opt, other):
+            some.param_groups[0]["lr"].fill_(rate)
+        graph.replay()
+        other.step()
+        torch.cuda.synchronize()
+        assert all(torch.equal(p, q) for p, q in zip(params, copies, strict=True))
+
+
 def stack(width=1024, layers=8):
     torch.manual_seed(0)
     return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers))).cuda()
@@ -84,7 +137,7 @@ def steps(model, mode, count=4):
     opt = MoFaSGD(model.parameters(), lr=0.01, rank=8, max_grad_norm=1.0)
     if mode:
         opt.attach(model, mode=mode)
-    x, peaks = torch.randn(64, 1024, device=CUDA), []
+    x, peaks = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0)).cuda(), []
     for _ in range(count):
         torch.cuda.synchronize()
         start = torch.cuda.memory_allocated()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -52,6 +53,7 @@ def resolve_layout(layout: str | None, shape: tuple[int, ...]) -> str:
     return layout
 
 
+@functools.lru_cache(maxsize=4096)
 def matrix_shape(layout: str | None, shape: tuple[int, ...]) -> MatrixShape:
     """Return how a parameter of `shape` is cut into matrices under `layout` (None: the default of its shape)."""
     resolved = resolve_layout(layout, shape)

@@ -51,6 +51,7 @@ def hash_words(words: Tensor) -> Tensor:
     return words ^ ((words >> 15) & 0x1FFFF)
 
 
+@functools.lru_cache(maxsize=4096)
 def key_of(seed: int, purpose: int, index: int) -> int:
     """Fold a 64-bit seed, a purpose and a parameter's index into one unsigned 32-bit key."""
     key = hash_word(purpose)

@@ -1,0 +1,167 @@
+"""The update by Gram matrices against a dense float64 SVD: its budget on hard spectra, on a CPU and on a GPU."""
+
+import math
+
+import pytest
+import torch
+
+from mofasgd import algebra
+from mofasgd.gradient import FirstWindow, first_factors
+from mofasgd.layout import MatrixShape
+from mofasgd.momentum import Factors, moving, real_factors, sketch
+from mofasgd.solver import measure, problem, solve_all
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# 2 r above the core that is solved at once goes through subspace iteration.
+SIZES = [(60, 50, 4), (20, 24, 8), (50, 300, 8), (96, 96, 48)]
+SIZES += [(600, 500, 128), (700, 300, 200), (4096, 1024, 32)] if DEVICE.type == "cuda" else []
+DOUBLE = torch.float64
+
+
+def frame(*shape):
+    return torch.linalg.qr(torch.randn(shape, dtype=DOUBLE))[0]
+
+
+def spectrum(kind, rank, batch):
+    """Return (s, G's factors) of a momentum and a gradient."""
+    s = {
+        "decaying": torch.logspace(0, -8, rank, dtype=DOUBLE),
+        "clustered": torch.ones(rank, dtype=DOUBLE),
+        "rank deficient": torch.cat([torch.ones(1, dtype=DOUBLE), torch.zeros(rank - 1, dtype=DOUBLE)]),
+    }
+    return s.get(kind, torch.rand(rank, dtype=DOUBLE).sort(descending=True).values).expand(batch, rank)
+
+
+def case(kind, m, n, rank, batch=3):
+    """Return float64 U, s, V, G of `batch` matrices."""
+    U, V, s = frame(batch, m, rank), frame(batch, n, rank), spectrum(kind, rank, batch)
+    G = torch.randn(batch, m, n, dtype=DOUBLE) / math.sqrt(max(m, n))
+    if kind == "decaying":
+        size = min(m, n)
+        G = (frame(batch, m, size) * torch.logspace(0, -9, size, dtype=DOUBLE)) @ frame(batch, n, size).mT
+    if kind == "rank deficient":
+        G = torch.randn(batch, m, 1, dtype=DOUBLE) @ torch.randn(batch, 1, n, dtype=DOUBLE)
+    if kind == "zero":
+        G = torch.zeros_like(G)
+    if kind == "inside the momentum":
+        G = U @ torch.randn(batch, rank, rank, dtype=DOUBLE) @ V.mT
+    if kind == "nearly inside":
+        G = U @ torch.randn(batch, rank, rank, dtype=DOUBLE) @ V.mT + 1e-4 * G
+    if kind == "badly scaled":
+        G = G * torch.logspace(-3, 3, n, dtype=DOUBLE)
+    if kind == "much larger":
+        G = 1e6 * G
+    return U, s, V, G
+
+
+KINDS = ["random", "decaying", "clustered", "rank deficient", "zero", "inside the momentum", "nearly inside"]
+KINDS += ["badly scaled", "much larger"]
+
+
+def solved(U, s, V, G, beta, factor=None, scale=1.0):
+    """Return the new factors and the dense beta M + Ghat, in float64, both divided by `scale`."""
+    stored = Factors(*(t.float().to(DEVICE) for t in (U, s * scale, V)))
+    before = real_factors(*stored)
+    sketches = [t.float() for t in sketch((G * scale).to(DEVICE), *(before[i].double() for i in (0, 2)))]
+    batch = problem("gram", stored, *sketches)
+    measure([batch])
+    active = torch.ones(len(U), dtype=torch.bool, device=DEVICE)
+    (after,) = solve_all([(batch, beta, active)], factor)
+    U, s, V, GV, GtU = (t.double().cpu() for t in (*before, *sketches))
+    f = 1.0 if factor is None else factor.cpu()
+    C = U.mT @ (GV / scale)
+    moment = (U * (beta * s / scale)[:, None, :]) @ V.mT
+    K = moment + f * (U @ (GtU / scale).mT + (GV / scale) @ V.mT - U @ C @ V.mT)
+    new = Factors(*(t.double().cpu() for t in after))
+    return new._replace(s=new.s / scale), K, batch
+
+
+def check(after, K, rank):
+    """Hold the budget of `mofasgd.algebra`."""
+    U, s, V = after
+    exact = torch.linalg.svdvals(K)
+    assert all(t.isfinite().all() for t in after)
+    eye = torch.eye(rank, dtype=DOUBLE)
+    assert (U.mT @ U - eye).abs().max() <= 1e-5
+    assert (V.mT @ V - eye).abs().max() <= 1e-5
+    error = torch.linalg.matrix_norm(K - (U * s[:, None, :]) @ V.mT)
+    best = exact[:, rank:].norm(dim=-1)
+    assert (error <= 1.02 * best + 1e-5 * exact.norm(dim=-1)).all()
+    assert (s[:, :-1] >= s[:, 1:]).all()
+    # The step's singular values by rank of K's: 1 for real directions, 0 for noise.
+    step = torch.linalg.svdvals((U * moving(s).double()[:, None, :]) @ V.mT)[:, :rank]
+    real, noise = exact[:, :rank] > 1e-4 * exact[:, :1], exact[:, :rank] < 1e-6 * exact[:, :1]
+    assert ((step - 1).abs() <= 1e-3)[real].all()
+    assert (step <= 1e-3)[noise].all()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_update_keeps_its_budget_on_every_spectrum(kind, size):
+    m, n, rank = size
+    after, K, batch = solved(*case(kind, m, n, rank), 0.95)
+    check(after, K, rank)
+    projected = K - 0.95 * (real_factors(*batch.stored).U.double() * batch.stored.s[:, None, :].double()).cpu() @ (
+        real_factors(*batch.stored).V.double().cpu().mT
+    )
+    norm = torch.linalg.matrix_norm(projected)
+    assert torch.allclose(batch.square_norms.cpu().sqrt(), norm, rtol=1e-5, atol=1e-6 * float(norm.max()) + 1e-12)
+    assert (batch.nonzero.cpu() == (kind != "zero")).all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("kind", ["random", "rank deficient"])
+def test_whole_matrices_may_be_tiny_or_huge(kind, scale):
+    after, K, _ = solved(*case(kind, 60, 50, 4), 0.95, scale=scale)
+    check(after, K, 4)
+
+
+@pytest.mark.parametrize("kind", ["random", "much larger", "nearly inside"])
+def test_subspace_iteration_keeps_the_budget_too(kind, monkeypatch):
+    monkeypatch.setitem(algebra._DIRECT, DEVICE.type, 16)
+    for rank in (16, 32):
+        after, K, _ = solved(*case(kind, 150, 120, rank), 0.95)
+        check(after, K, rank)
+
+
+def test_a_factor_scales_the_gradient_and_beta_may_be_a_tensor():
+    U, s, V, G = case("random", 60, 50, 4)
+    plain, _, _ = solved(U, s, V, 0.25 * G, 0.9)
+    factor = torch.tensor(0.25, dtype=DOUBLE, device=DEVICE)
+    scaled, K, _ = solved(U, s, V, G, 0.9, factor)
+    check(scaled, K, 4)
+    assert (plain.s - scaled.s).abs().max() <= 1e-6
+    beta = torch.tensor(0.9, device=DEVICE)
+    stored = Factors(*(t.float().to(DEVICE) for t in (U, s, V)))
+    batch = problem("gram", stored, *sketch(0.25 * G.float().to(DEVICE), stored.U, stored.V))
+    measure([batch])
+    (tensor,) = solve_all([(batch, beta, torch.ones(3, dtype=torch.bool, device=DEVICE))], None)
+    assert (plain.s - tensor.s.double().cpu()).abs().max() <= 1e-6
+
+
+def test_a_matrix_that_is_not_finite_leaves_its_neighbours_alone():
+    U, s, V, G = case("random", 60, 50, 4)
+    alone, _, _ = solved(U[1:], s[1:], V[1:], G[1:], 0.9)
+    G[0, 3, 5] = math.nan
+    found, _, batch = solved(U, s, V, G, 0.9)
+    assert batch.finite.tolist() == [False, True, True]
+    assert all(torch.equal(a[1:], b) for a, b in zip(found, alone, strict=True)) or torch.allclose(found.s[1:], alone.s)
+
+
+@pytest.mark.parametrize("kind", ["random", "rank deficient", "decaying", "zero"])
+@pytest.mark.parametrize("rank", [4] + ([32, 128] if DEVICE.type == "cuda" else []))
+def test_the_start_by_gram_matrices_is_that_of_the_reference(kind, rank):
+    m, n = 20 * rank, 17 * rank
+    G = case(kind, m, n, rank, 2)[3].float().to(DEVICE)
+    firsts = [FirstWindow(0, i, MatrixShape((), m, n), rank, torch.float32) for i in range(2)]
+    assert not firsts[0].dense
+    observed = [torch.cat(p) for p in zip(*(f.observe(G[i : i + 1]) for i, f in enumerate(firsts)), strict=True)]
+    eye = torch.eye(rank, dtype=DOUBLE, device=DEVICE)
+    errors = {}
+    for solver in ("svd", "gram"):
+        U, s, V = (t.double() for t in first_factors(solver, firsts, list(observed)))
+        assert (U.mT @ U - eye).abs().max() <= 1e-5
+        assert (V.mT @ V - eye).abs().max() <= 1e-5
+        errors[solver] = torch.linalg.matrix_norm(G.double() - (U * s[:, None, :]) @ V.mT)
+    size = torch.linalg.matrix_norm(G.double())
+    assert (errors["gram"] <= 1.02 * errors["svd"] + 1e-5 * size).all()
