@@ -61,7 +61,8 @@ def test_a_trainer_takes_the_steps_of_a_loop_without_one(attach, tmp_path):
     trainer.train()
     norms, independent = by_hand(other, args, attach, steps=12)
     assert same(model, other)
-    assert logged(trainer) == norms
+    # Trainer's groups differ by their decay, and squares are summed group by group.
+    assert logged(trainer) == pytest.approx(norms, rel=1e-14)
     if attach == "none":
         # float32 sketches against float64 projections of G.
         assert norms == pytest.approx(independent, rel=1e-5)

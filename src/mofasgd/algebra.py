@@ -32,7 +32,7 @@ from mofasgd.rng import gaussian
 SOLVERS = ("auto", "svd", "gram")
 """Exact QR and SVD; Gram matrices; and the latter where it loses nothing: for factors in float32."""
 
-DEPENDENT = 2e-11
+DEPENDENT = 6e-11
 """A column whose squared distance from those before it is below this part of its square depends on them.
 
 Products in float64 leave an error of some 1e-15 in that square, hence 1e-5 in the length of what is kept."""
