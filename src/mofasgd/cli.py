@@ -17,6 +17,7 @@ from mofasgd.options import did_you_mean
 COMMANDS = {
     "pretrain": "mofasgd.app.run:pretrain",
     "compare": "mofasgd.app.compare:compare",
+    "finetune": "mofasgd.app.tune.finetune:finetune",
 }
 """Command -> function of one configuration dataclass; imported when asked for. Its docstring is the command's help."""
 
