@@ -18,6 +18,7 @@ COMMANDS = {
     "pretrain": "mofasgd.app.run:pretrain",
     "compare": "mofasgd.app.compare:compare",
     "finetune": "mofasgd.app.tune.finetune:finetune",
+    "glue": "mofasgd.app.tune.glue:glue",
 }
 """Command -> function of one configuration dataclass; imported when asked for. Its docstring is the command's help."""
 

@@ -1,0 +1,190 @@
+"""`mofasgd glue`: an encoder on GLUE tasks, with several methods, learning rates and seeds."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from mofasgd.app.baselines import state_bytes
+from mofasgd.app.files import locked
+from mofasgd.app.record import environment
+from mofasgd.app.tune.answers import evaluating
+from mofasgd.app.tune.config import GlueConfig, MethodConfig
+from mofasgd.app.tune.grid import Grid, Spec
+from mofasgd.app.tune.methods import kwargs_for_trainer, resolve, table
+from mofasgd.app.tune.metrics import scores
+from mofasgd.app.tune.models import add_adapters, load_model, load_tokenizer
+from mofasgd.app.tune.rows import Skipped
+from mofasgd.app.tune.tasks import TASKS, encode, fingerprint, load, names
+from mofasgd.app.tune.training import Scheduled, quiet, ready, sizes, training_arguments
+from mofasgd.app.usage import peak_megabytes
+
+
+class Classifier(Scheduled, Trainer):  # type: ignore[misc]
+    """transformers' Trainer with the schedule of `mofasgd pretrain`."""
+
+
+class _Finite(TrainerCallback):  # type: ignore[misc]
+    """Ends a run whose loss is not finite."""
+
+    diverged = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs is not None and not math.isfinite(float(logs.get("loss", 0.0))):
+            self.diverged = control.should_training_stop = True
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: a task with one method, rate and seed."""
+
+    config: GlueConfig
+    task: str
+    method: MethodConfig
+    seed: int
+
+
+def predict(model: Any, tokenizer: Any, rows: list[dict[str, Any]], autocast: Any) -> torch.Tensor:
+    """Return the outputs (rows, classes) in the order of `rows`, in float32 on the CPU."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+    collate, device = DataCollatorWithPadding(tokenizer), next(model.parameters()).device
+    parts = []
+    with evaluating(model):
+        for begin in range(0, len(order), 128):
+            batch = collate([{k: v for k, v in rows[i].items() if k != "labels"} for i in order[begin : begin + 128]])
+            with autocast():
+                parts.append(model(**batch.to(device)).logits.float().cpu())
+    outputs = torch.cat(parts)
+    return outputs[torch.tensor(order).argsort()]
+
+
+def execute(run: Run) -> dict[str, Any]:
+    """Train and validate; return scores and costs. A diverged run has the score None."""
+    quiet()
+    config, task, settings = run.config, TASKS[run.task], resolve(run.method)
+    tokenizer, skipped = load_tokenizer(config.model), Skipped()
+    train, validation = load(config.data, run.task, skipped)
+    if config.rows and config.rows < len(train):
+        # By the first seed, whatever the run's: seeds are to differ in training, not in data.
+        train = random.Random(config.seeds[0]).sample(train, config.rows)
+    (train_rows, cut), (validation_rows, cut_too) = (encode(tokenizer, r, config.context) for r in (train, validation))
+
+    set_seed(run.seed)
+    options: dict[str, Any] = {"num_labels": task.classes}
+    model: Any = load_model(config.model, AutoModelForSequenceClassification, config.precision, **options)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if run.method.method == "lora":
+        model = add_adapters(model, settings, "SEQ_CLS")
+    folder = config.out / "trainer"  # nothing is written there
+    args = TrainingArguments(**training_arguments(config, settings, run.seed, str(folder)))
+    finite = _Finite()
+    kwargs = kwargs_for_trainer(args, run.method.method, settings)
+    kwargs["callbacks"].append(finite)
+    trainer = Classifier(
+        model=model, args=args, train_dataset=train_rows, data_collator=DataCollatorWithPadding(tokenizer), **kwargs
+    )
+    ready(trainer, config)
+    cuda = args.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    begin = time.perf_counter()
+    trainer.train()
+    if cuda:
+        torch.cuda.synchronize()
+    seconds, peak = time.perf_counter() - begin, peak_megabytes(args.device)
+
+    def autocast() -> Any:
+        return torch.autocast(args.device.type, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
+
+    labels = torch.tensor([row["labels"] for row in validation_rows])
+    outputs = predict(trainer.model, tokenizer, validation_rows, autocast)
+    found: dict[str, Any] = {"score": None}
+    if not finite.diverged and outputs.isfinite().all():
+        found = scores(task.metrics, outputs, labels)
+    return {
+        **found,
+        "settings": settings,
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 2),
+        "peak_mb": round(peak, 1),
+        "optimizer_state_mb": round(state_bytes([trainer.optimizer]) / 1e6, 3),
+        "model": sizes(model),
+        "data": fingerprint(train_rows, validation_rows),
+        "rows": [len(train_rows), len(validation_rows)],
+        "cut": cut + cut_too,
+        "skipped": dict(skipped.counts),
+        "environment": environment(args.device),
+    }
+
+
+def specs(config: GlueConfig) -> list[Spec]:
+    """Return the rows and columns of the table.
+
+    Raises:
+        ValueError: for an unknown task or label, or a setting that a method does not have.
+    """
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(MethodConfig)}
+    methods = config.methods or {config.method: MethodConfig(**own)}
+    if config.methods and MethodConfig(**own) != MethodConfig():
+        raise ValueError("method and its settings have no effect beside methods: put them into its entries")
+    for label in config.lrs:
+        if label not in methods:
+            raise ValueError(f"lrs has the label {label!r}, which methods does not: {', '.join(methods)}")
+    found = []
+    for task in names(config.task):
+        for label, method in methods.items():
+            rates = config.lrs.get(label) or [resolve(method)["lr"]]
+            if len(set(rates)) < len(rates):
+                raise ValueError(f"lrs of {label!r} names a rate twice: {rates}")
+            found.append(Spec(task, label, {lr: dataclasses.replace(method, lr=lr) for lr in rates}))
+    for spec in found:
+        for method in spec.rates.values():
+            resolve(method)
+    return found
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """Return what decides a run's scores beside its task, method and seed."""
+    kept = ("model", "batch_size", "micro_batch_size", "epochs", "steps", "warmup", "cooldown", "precision")
+    found = {key: getattr(run.config, key) for key in (*kept, "data", "context", "rows")}
+    return {**found, "first seed": run.config.seeds[0]}
+
+
+def help_epilog() -> str:
+    """Return the table of methods for the end of the help."""
+    return table()
+
+
+def glue(config: GlueConfig) -> None:
+    """Fine-tune an encoder on GLUE tasks with MoFaSGD or baselines; report a table with mean and spread over seeds."""
+    found = specs(config)
+    with locked(config.out, "out"):
+        # A model or data that cannot be had is an error before the first run.
+        load_tokenizer(config.model)
+        for task in names(config.task):
+            load(config.data, task, Skipped())
+        Grid(
+            config.out,
+            found,
+            config.seeds,
+            config.jobs,
+            score="score",
+            highest=True,
+            make=lambda task, method, seed: Run(config, task, method, seed),
+            identity=identity,
+        ).run(execute)
