@@ -23,7 +23,7 @@ LAYERS = [
     {"factored", "attach"},
     {"base"},
     {"optimizer"},
-    {"paper", "hf"},
+    {"paper", "hf", "memory"},
     {"app"},
     {"cli"},
 ]

@@ -15,7 +15,7 @@ from mofasgd.app.record import JsonLines
 from mofasgd.app.usage import Clock, peak_megabytes
 
 
-class Progress(TrainerCallback):  # type: ignore[misc]
+class Progress(TrainerCallback):
     """Writes metrics, evaluates, and stops with a checkpoint when a signal has come.
 
     Args:

@@ -35,6 +35,10 @@ class MethodConfig:
     """of Adam, wherever it is used"""
     weight_decay: float | None = None
     """decoupled decay per unit of learning rate, of weights with two or more dimensions"""
+    factor: list[str] | None = None
+    """of mofasgd: name patterns (fnmatch) of embeddings or heads that it factors too, in place of AdamW"""
+    freeze: list[str] | None = None
+    """of all but lora, which freezes the whole model: name patterns of parameters that are not trained"""
     complement: float | None = None
     """of mofasgd: weight of the row-normalized part of the gradient that the momentum cannot hold; needs attach none"""
     lr_scale: Literal["none", "spectral", "match_rms_adamw"] | None = None
@@ -50,8 +54,8 @@ class MethodConfig:
 
 
 @dataclass
-class TuneConfig(MethodConfig):
-    """What `finetune`, `glue` and `profile` share."""
+class StepConfig(MethodConfig):
+    """One optimizer step of a model."""
 
     model: str = ""
     """a Hugging Face model name, a folder with a saved model, or a .gguf file (its weights are dequantized)"""
@@ -59,6 +63,26 @@ class TuneConfig(MethodConfig):
     """rows (packed: packs of them) per optimizer step"""
     micro_batch_size: int = 0
     """rows per forward and backward; gradients are summed over a step; 0: batch_size"""
+    device: str = "auto"
+    """auto (the first GPU if there is one) or cpu"""
+    precision: Precision = "auto"
+    """auto: bf16-mixed on a GPU (float32 weights, bfloat16 products), else float32; bf16-true: bfloat16 weights"""
+    gradient_checkpointing: bool = False
+    """keep only the layers' inputs and compute the rest again in backward"""
+
+    def __post_init__(self) -> None:
+        check_whole("batch_size", self.batch_size, 1)
+        check_whole("micro_batch_size", self.micro_batch_size, 0)
+        check_choice("precision", self.precision, ("auto", "float32", "bf16-mixed", "bf16-true"))
+        check_choice("device", self.device, ("auto", "cpu"))
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"batch_size={self.batch_size} is no multiple of micro_batch_size={self.micro_batch_size}")
+
+
+@dataclass
+class TuneConfig(StepConfig):
+    """What `finetune` and `glue` share."""
+
     epochs: float = 1.0
     """passes over the training rows"""
     steps: int = 0
@@ -67,28 +91,20 @@ class TuneConfig(MethodConfig):
     """first share of the steps, over which every learning rate grows linearly from 0"""
     cooldown: float = 0.95
     """last share of the steps, over which every learning rate falls linearly to 0"""
-    device: str = "auto"
-    """auto (the first GPU if there is one) or cpu"""
-    precision: Precision = "auto"
-    """auto: bf16-mixed on a GPU (float32 weights, bfloat16 products), else float32; bf16-true: bfloat16 weights"""
     log_every: int = 10
     """steps between two log lines"""
     profile_memory: int = 0
-    """record the memory of this many first steps into the run folder: memory.png, memory.json, on a GPU also
-    memory_snapshot.pickle for pytorch.org/memory_viz; 0: no"""
+    """record the memory of this many first steps, as `mofasgd profile` does, into the run folder (glue: a folder a
+    run); 0: no"""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "log_every"):
-            check_whole(name, getattr(self, name), 1)
-        for name in ("steps", "micro_batch_size", "profile_memory"):
+        super().__post_init__()
+        check_whole("log_every", self.log_every, 1)
+        for name in ("steps", "profile_memory"):
             check_whole(name, getattr(self, name), 0)
         check_number("epochs", self.epochs, 0.0, open_low=True)
         check_number("warmup", self.warmup, 0.0, 1.0)
         check_number("cooldown", self.cooldown, 0.0, 1.0)
-        check_choice("precision", self.precision, ("auto", "float32", "bf16-mixed", "bf16-true"))
-        check_choice("device", self.device, ("auto", "cpu"))
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError(f"batch_size={self.batch_size} is no multiple of micro_batch_size={self.micro_batch_size}")
         if self.warmup + self.cooldown > 1:
             raise ValueError(f"warmup={self.warmup:g} and cooldown={self.cooldown:g} overlap: lower one of them")
 
@@ -98,7 +114,7 @@ class RowsConfig:
     """Rows to learn from: chats ("messages"), "prompt"/"completion", Alpaca or "question"/"answer"."""
 
     train: str = ""
-    """a .jsonl, .json or .parquet file (.jsonl and .json also .gz), or a Hugging Face dataset as name[:config[:split]]"""
+    """a .jsonl, .json or .parquet file (.jsonl and .json also .gz), or a Hugging Face dataset, name[:config[:split]]"""
     validation: str = ""
     """the same for validation; empty: a part of the training rows is held out"""
     holdout: float = 0.05
@@ -130,8 +146,6 @@ class FinetuneConfig(TuneConfig):
     """run folder: config.yaml, run.json, metrics.jsonl, samples.json, checkpoints/, model/"""
     data: RowsConfig = field(default_factory=RowsConfig)
     """the data"""
-    gradient_checkpointing: bool = False
-    """keep only the layers' inputs and compute the rest again in backward"""
     seed: int = 0
     """of the order of the rows, adapters, dropout and rounding"""
     eval_every: int = 0
@@ -162,24 +176,22 @@ class FinetuneConfig(TuneConfig):
 
 
 @dataclass
-class ProfileConfig(TuneConfig):
+class ProfileConfig(StepConfig):
     """Record where the memory of fine-tuning goes, on random tokens."""
 
     out: Path = Path("runs/profile")
-    """folder for memory.png, memory.json and, on a GPU, memory_snapshot.pickle"""
+    """folder for memory.png, memory.json and, on a GPU, memory_snapshot.pickle for pytorch.org/memory_viz"""
     context: int = 512
     """tokens of a row"""
-    gradient_checkpointing: bool = False
-    """keep only the layers' inputs and compute the rest again in backward"""
-    profile_memory: int = 3
-    """steps to record, from the first on"""
+    steps: int = 3
+    """to record, from the first on"""
     seed: int = 0
     """of adapters, tokens and rounding"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_whole("profile_memory", self.profile_memory, 1)
-        check_whole("context", self.context, 2)
+        for name, low in (("steps", 1), ("context", 2), ("seed", 0)):
+            check_whole(name, getattr(self, name), low)
 
 
 @dataclass
@@ -200,7 +212,7 @@ class GlueConfig(TuneConfig):
     methods: dict[str, MethodConfig] = field(default_factory=dict)
     """label of a table row -> method with its settings; empty: the one of this configuration"""
     lrs: dict[str, list[float]] = field(default_factory=dict)
-    """label (the method, if methods is empty) -> learning rates to try with the first seed; each task reports its best"""
+    """label (if methods is empty, the method) -> learning rates to try with the first seed; tasks report their best"""
     seeds: list[int] = field(default_factory=lambda: [0])
     """of head, adapters, order and dropout; the first for the learning rates, the others with the best of them"""
     jobs: int = 1

@@ -53,7 +53,7 @@ def _encode_chat(tokenizer: Any, messages: list[Message]) -> Example:
         if message["role"] == "assistant":
             # Templates that render earlier turns otherwise than the last (without its reasoning) agree up to a point.
             start = _common(_template(tokenizer, messages[:i], ask=True), ids)
-            end = len(ids) if i == len(messages) - 1 else _common(_template(tokenizer, messages[: i + 1], ask=False), ids)
+            end = _common(_template(tokenizer, messages[: i + 1], ask=False), ids)
             labels[start:end] = ids[start:end]
     return Example(ids, labels, _template(tokenizer, messages[:-1], ask=True), messages[-1]["content"])
 
@@ -87,7 +87,7 @@ def encode_all(
     tokenizer: Any, rows: Sequence[tuple[str, Row]], context: int, skipped: Skipped, limit: int
 ) -> list[Example]:
     """Return the first `limit` rows (0: all) that have an answer and fit into `context` tokens; others are counted."""
-    examples = []
+    examples: list[Example] = []
     for place, row in rows:
         if limit and len(examples) == limit:
             break
@@ -115,7 +115,9 @@ def load(tokenizer: Any, config: RowsConfig, skipped: Skipped) -> tuple[list[Exa
     if not config.train:
         raise ValueError("data.train is empty: name a .jsonl, .json or .parquet file, or a Hugging Face dataset")
     if tokenizer.chat_template is None and tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has neither a chat template nor an end-of-text token: give --data.chat_template")
+        raise ValueError(
+            "the tokenizer has neither a chat template nor an end-of-text token: give --data.chat_template"
+        )
     rows = read("data.train", config.train, "train", skipped)
     if config.validation:
         held_out = read("data.validation", config.validation, "test", skipped)

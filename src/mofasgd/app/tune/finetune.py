@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 import yaml
-from datasets import Dataset
 from datasets.utils import disable_progress_bars
-from transformers import AutoModelForCausalLM, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from mofasgd.app.baselines import Settings, state_bytes
 from mofasgd.app.display import Display
@@ -30,10 +28,12 @@ from mofasgd.app.tune.answers import answer_loss, exact_match, write
 from mofasgd.app.tune.callback import Progress
 from mofasgd.app.tune.config import FinetuneConfig
 from mofasgd.app.tune.encode import Example, load
-from mofasgd.app.tune.methods import kwargs_for_trainer, resolve, table
-from mofasgd.app.tune.models import add_adapters, load_model, load_tokenizer, save
+from mofasgd.app.tune.methods import resolve
+from mofasgd.app.tune.models import load_tokenizer, save
+from mofasgd.app.tune.recording import MemoryProfile
 from mofasgd.app.tune.rows import Skipped
-from mofasgd.app.tune.training import Scheduled, quiet, ready, sizes, training_arguments
+from mofasgd.app.tune.training import quiet, ready, sizes, training_arguments
+from mofasgd.app.tune.tuner import Tuner, tuner
 from mofasgd.app.usage import Clock
 
 _FREE = {
@@ -41,10 +41,6 @@ _FREE = {
     *("max_new_tokens", "save_model", "profile_memory"),
 }
 """Without influence on the weights."""
-
-
-class Tuner(Scheduled, SFTTrainer):  # type: ignore[misc]
-    """TRL's SFTTrainer with the schedule of `mofasgd pretrain`."""
 
 
 class Session:
@@ -71,13 +67,8 @@ class Session:
 
     def _trainer(self) -> Tuner:
         config = self.config
-        set_seed(config.seed)
-        model: Any = load_model(config.model, AutoModelForCausalLM, config.precision)
-        if config.method == "lora":
-            model = add_adapters(model, self.settings, "CAUSAL_LM")
         args = SFTConfig(
             **training_arguments(config, self.settings, config.seed, str(config.out / "checkpoints")),
-            gradient_checkpointing=config.gradient_checkpointing,
             packing=config.data.packing,
             # Rows that do not fit have been left out.
             max_length=config.data.context if config.data.packing else None,
@@ -85,11 +76,10 @@ class Session:
         )
         if config.checkpoint_every:
             args.save_strategy, args.save_steps = "steps", config.checkpoint_every
-        kwargs = kwargs_for_trainer(args, config.method, self.settings)
-        columns = {"input_ids": [e.input_ids for e in self.train_rows], "labels": [e.labels for e in self.train_rows]}
-        data = Dataset.from_dict(columns)
-        trainer = Tuner(model=model, args=args, train_dataset=data, processing_class=self.tokenizer, **kwargs)
-        ready(trainer, config)
+        trainer = tuner(config, args, self.settings, self.tokenizer, self.train_rows)
+        ready(trainer, config.warmup, config.cooldown)
+        if config.profile_memory:
+            trainer.add_callback(MemoryProfile(config.profile_memory, config.out, config.method))
         return trainer
 
     def _new_record(self) -> dict[str, Any]:
@@ -271,17 +261,12 @@ def train(config: FinetuneConfig, display: Display, then: Callable[[Session], No
         return result
 
 
-def help_epilog() -> str:
-    """Return the table of methods for the end of the help."""
-    return table()
-
-
 def finetune(config: FinetuneConfig) -> None:
-    """Fine-tune a causal language model on rows of text with MoFaSGD or a baseline."""
+    """Run `config` and show its result."""
     display = Display()
     result = train(config, display)
-    speed = result["tokens_per_second"]
+    speed = "" if result["tokens_per_second"] is None else f", {result['tokens_per_second']:,.0f} tokens/s"
     display.note(
         f"{_told(result)} after {result['steps']} steps; optimizer state {result['optimizer_state_mb']:,.1f} MB, peak "
-        f"{result['peak_mb']:,.0f} MB" + ("" if speed is None else f", {speed:,.0f} tokens/s") + f"; all in {config.out}"
+        f"{result['peak_mb']:,.0f} MB{speed}; all in {config.out}"
     )

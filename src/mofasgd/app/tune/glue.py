@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import random
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -26,20 +27,21 @@ from mofasgd.app.record import environment
 from mofasgd.app.tune.answers import evaluating
 from mofasgd.app.tune.config import GlueConfig, MethodConfig
 from mofasgd.app.tune.grid import Grid, Spec
-from mofasgd.app.tune.methods import kwargs_for_trainer, resolve, table
+from mofasgd.app.tune.methods import kwargs_for_trainer, resolve
 from mofasgd.app.tune.metrics import scores
-from mofasgd.app.tune.models import add_adapters, load_model, load_tokenizer
+from mofasgd.app.tune.models import load_model, load_tokenizer, prepare
+from mofasgd.app.tune.recording import MemoryProfile
 from mofasgd.app.tune.rows import Skipped
 from mofasgd.app.tune.tasks import TASKS, encode, fingerprint, load, names
 from mofasgd.app.tune.training import Scheduled, quiet, ready, sizes, training_arguments
 from mofasgd.app.usage import peak_megabytes
 
 
-class Classifier(Scheduled, Trainer):  # type: ignore[misc]
+class Classifier(Scheduled, Trainer):
     """transformers' Trainer with the schedule of `mofasgd pretrain`."""
 
 
-class _Finite(TrainerCallback):  # type: ignore[misc]
+class _Finite(TrainerCallback):
     """Ends a run whose loss is not finite."""
 
     diverged = False
@@ -88,17 +90,22 @@ def execute(run: Run) -> dict[str, Any]:
     options: dict[str, Any] = {"num_labels": task.classes}
     model: Any = load_model(config.model, AutoModelForSequenceClassification, config.precision, **options)
     model.config.pad_token_id = tokenizer.pad_token_id
-    if run.method.method == "lora":
-        model = add_adapters(model, settings, "SEQ_CLS")
+    model = prepare(model, run.method.method, settings, "SEQ_CLS")
     folder = config.out / "trainer"  # nothing is written there
     args = TrainingArguments(**training_arguments(config, settings, run.seed, str(folder)))
     finite = _Finite()
     kwargs = kwargs_for_trainer(args, run.method.method, settings)
     kwargs["callbacks"].append(finite)
+    if config.profile_memory:
+        title = (
+            f"{run.task}, {run.method.method} rank {settings.get('rank', '-')} lr {settings['lr']:g} seed {run.seed}"
+        )
+        place = config.out / re.sub(r"[^a-z0-9.-]+", "-", f"memory {title}")
+        kwargs["callbacks"].append(MemoryProfile(config.profile_memory, place, title))
     trainer = Classifier(
         model=model, args=args, train_dataset=train_rows, data_collator=DataCollatorWithPadding(tokenizer), **kwargs
     )
-    ready(trainer, config)
+    ready(trainer, config.warmup, config.cooldown)
     cuda = args.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -165,13 +172,8 @@ def identity(run: Run) -> dict[str, Any]:
     return {**found, "first seed": run.config.seeds[0]}
 
 
-def help_epilog() -> str:
-    """Return the table of methods for the end of the help."""
-    return table()
-
-
 def glue(config: GlueConfig) -> None:
-    """Fine-tune an encoder on GLUE tasks with MoFaSGD or baselines; report a table with mean and spread over seeds."""
+    """Make the runs of `config` that are missing and show the table."""
     found = specs(config)
     with locked(config.out, "out"):
         # A model or data that cannot be had is an error before the first run.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import importlib
 import importlib.util
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from mofasgd.options import check_choice
 Build = Callable[[nn.Module, Settings], Optimizer]
 
 _ADAM: Settings = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1.0}
+_FULL: Settings = {**_ADAM, "freeze": []}
 _EIGHT_BIT = (("torchao.optim", "torchao"), ("bitsandbytes.optim", "bitsandbytes"))
 """Module with AdamW8bit -> package that has it."""
 
@@ -113,23 +115,23 @@ def _galore(model: nn.Module, settings: Settings) -> Optimizer:
 METHODS: dict[str, Method] = {
     "mofasgd": Method(
         None,
-        {"lr": 2e-3, "adamw_lr": 2e-5, "rank": 32, "beta": 0.95, **_ADAM, "max_grad_norm": 0.0, "complement": 0.0}
-        | {"lr_scale": "spectral", "attach": "auto"},
+        {"lr": 2e-3, "adamw_lr": 2e-5, "rank": 32, "beta": 0.95, **_FULL, "max_grad_norm": 0.0, "complement": 0.0}
+        | {"lr_scale": "spectral", "attach": "auto", "factor": []},
         "this package, attached: gradients are sketched in backward and never kept",
     ),
-    "adamw": Method(_adamw, {"lr": 2e-5, **_ADAM}, "torch.optim.AdamW of all parameters"),
+    "adamw": Method(_adamw, {"lr": 2e-5, **_FULL}, "torch.optim.AdamW of all parameters"),
     "lora": Method(_adamw, {"lr": 2e-4, "rank": 32, "alpha": 64.0, **_ADAM}, "PEFT's LoRA on all linear layers, AdamW"),
     "galore": Method(
         _galore,
-        {"lr": 2e-4, "adamw_lr": 2e-5, "rank": 32, "gap": 200, "scale": 0.25, **_ADAM},
+        {"lr": 2e-4, "adamw_lr": 2e-5, "rank": 32, "gap": 200, "scale": 0.25, **_FULL},
         "mofasgd.app.galore on the matrices, AdamW for the rest",
     ),
     "muon": Method(
         _muon,
-        {"lr": 1e-3, "adamw_lr": 2e-5, "beta": 0.95, **_ADAM, "max_grad_norm": 0.0},
+        {"lr": 1e-3, "adamw_lr": 2e-5, "beta": 0.95, **_FULL, "max_grad_norm": 0.0},
         "torch.optim.Muon on the matrices, AdamW for the rest",
     ),
-    "adamw8bit": Method(_adamw8bit, {"lr": 2e-5, **_ADAM}, "AdamW with 8-bit moments, of torchao or bitsandbytes"),
+    "adamw8bit": Method(_adamw8bit, {"lr": 2e-5, **_FULL}, "AdamW with 8-bit moments, of torchao or bitsandbytes"),
 }
 
 
@@ -160,6 +162,17 @@ class TableFactory:
         return build(opt_model, settings)
 
 
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze the parameters whose names match; ValueError for a pattern that matches none."""
+    names = dict(model.named_parameters())
+    for pattern in patterns:
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            raise ValueError(f"freeze={pattern!r} matches no parameter; names are as {next(iter(names))!r}")
+        for name in found:
+            names[name].requires_grad_(False)
+
+
 def kwargs_for_trainer(args: Any, method: str, settings: Settings) -> dict[str, Any]:
     """Return the arguments of a Trainer with TrainingArguments `args` that make it train with `method`.
 
@@ -167,7 +180,9 @@ def kwargs_for_trainer(args: Any, method: str, settings: Settings) -> dict[str, 
     """
     if method != "mofasgd":
         return {"optimizer_cls_and_kwargs": (TableFactory, {"method": method, "settings": settings}), "callbacks": []}
-    own = {key: settings[key] for key in ("lr", "adamw_lr", "rank", "beta", "complement", "lr_scale", "attach")}
+    own = {
+        key: settings[key] for key in ("lr", "adamw_lr", "rank", "beta", "complement", "lr_scale", "attach", "factor")
+    }
     return trainer_kwargs(args, **own)
 
 

@@ -33,9 +33,9 @@ def matthews(predicted: Tensor, labels: Tensor) -> float:
 
 def ranks(values: Tensor) -> Tensor:
     """Return the place of each value in ascending order; equal values share the mean of their places."""
-    _, inverse, counts = values.double().unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts.double() - 1) / 2)[inverse]
+    _, inverse, counts = torch.unique(values.double(), return_inverse=True, return_counts=True)
+    found: Tensor = (counts.cumsum(0) - (counts.double() - 1) / 2)[inverse]
+    return found
 
 
 def spearman(predicted: Tensor, labels: Tensor) -> float:

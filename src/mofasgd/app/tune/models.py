@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 from mofasgd.app.baselines import Settings
+from mofasgd.app.tune.methods import freeze
 
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:
@@ -84,17 +85,23 @@ def load_model(name: str, kind: Any, precision: str, **options: Any) -> nn.Modul
     return model
 
 
-def add_adapters(model: nn.Module, settings: Settings, task_type: str) -> nn.Module:
-    """Return `model` with LoRA adapters on all linear layers but the head; the rest is frozen.
+def prepare(model: nn.Module, method: str, settings: Settings, task_type: str) -> nn.Module:
+    """Return `model` with only that trainable which the method trains.
+
+    "lora": adapters on all linear layers but the head of a frozen model; others: all that `settings` do not freeze.
 
     Args:
         model: of transformers.
-        settings: `rank` and `alpha`.
-        task_type: of PEFT; "SEQ_CLS" also trains the new head.
+        method: of `methods.METHODS`.
+        settings: of the method.
+        task_type: of PEFT; with "SEQ_CLS" adapters come with the new head, trained whole.
 
     Raises:
-        ValueError: if PEFT is missing.
+        ValueError: if PEFT is missing, or a pattern matches nothing.
     """
+    if method != "lora":
+        freeze(model, settings["freeze"])
+        return model
     try:
         from peft import LoraConfig, get_peft_model
     except ModuleNotFoundError as error:

@@ -12,7 +12,7 @@ from transformers import PrinterCallback
 
 from mofasgd.app.baselines import Settings
 from mofasgd.app.schedule import lr_multiplier
-from mofasgd.app.tune.config import TuneConfig
+from mofasgd.app.tune.config import StepConfig, TuneConfig
 from mofasgd.app.tune.methods import arguments
 
 
@@ -39,24 +39,21 @@ class Scheduled:
         return found
 
 
-def bf16(config: TuneConfig) -> bool:
+def bf16(config: StepConfig) -> bool:
     """Whether products are made in bfloat16 by autocast."""
     cpu = config.device == "cpu" or not torch.cuda.is_available()
     return config.precision == "bf16-mixed" or (config.precision == "auto" and not cpu)
 
 
-def training_arguments(config: TuneConfig, settings: Settings, seed: int, folder: str) -> dict[str, Any]:
-    """Return the arguments of TrainingArguments, or of what is derived from it."""
+def step_arguments(config: StepConfig, settings: Settings, seed: int, folder: str) -> dict[str, Any]:
+    """Return the arguments of TrainingArguments, or of what is derived from it, for a step."""
     micro = config.micro_batch_size or config.batch_size
     return {
         "output_dir": folder,
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": config.batch_size // micro,
-        "num_train_epochs": config.epochs,
-        "max_steps": config.steps or -1,
         "learning_rate": settings.get("adamw_lr", settings["lr"]),
         **arguments(settings),
-        "logging_steps": config.log_every,
         # A loss that is not finite has to be seen, not replaced.
         "logging_nan_inf_filter": False,
         "eval_strategy": "no",
@@ -65,14 +62,21 @@ def training_arguments(config: TuneConfig, settings: Settings, seed: int, folder
         "disable_tqdm": True,
         "seed": seed,
         "bf16": bf16(config),
+        "gradient_checkpointing": config.gradient_checkpointing,
         "dataloader_pin_memory": torch.cuda.is_available() and config.device != "cpu",
         "use_cpu": config.device == "cpu",
     }
 
 
-def ready(trainer: Any, config: TuneConfig) -> None:
+def training_arguments(config: TuneConfig, settings: Settings, seed: int, folder: str) -> dict[str, Any]:
+    """Return the arguments of TrainingArguments for a whole run."""
+    length = {"num_train_epochs": config.epochs, "max_steps": config.steps or -1, "logging_steps": config.log_every}
+    return {**step_arguments(config, settings, seed, folder), **length}
+
+
+def ready(trainer: Any, warmup: float, cooldown: float) -> None:
     """Set what a trainer's constructor does not take."""
-    trainer.shares = (config.warmup, config.cooldown)
+    trainer.shares = (warmup, cooldown)
     trainer.remove_callback(PrinterCallback)
 
 
