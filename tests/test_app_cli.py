@@ -14,6 +14,7 @@ from mofasgd import cli
 from mofasgd.app.baselines import METHODS, resolve
 from mofasgd.app.compare import check
 from mofasgd.app.config import CompareConfig, PretrainConfig
+from mofasgd.app.tune.config import FinetuneConfig, GlueConfig, ProfileConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,6 +44,12 @@ def failure(capsys, *arguments):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_config_is_valid(path):
     keys = yaml.safe_load(path.read_text())
+    if path.name.startswith("glue"):
+        pytest.importorskip("transformers")
+        from mofasgd.app.tune.glue import specs
+
+        assert specs(parse("glue", "--config", path))
+        return
     if "methods" in keys:
         config = parse("compare", "--config", path)
         check(config)
@@ -139,7 +146,16 @@ def fields(kind, prefix=""):
             yield prefix + field.name
 
 
-@pytest.mark.parametrize(("command", "kind"), [("pretrain", PretrainConfig), ("compare", CompareConfig)])
+KINDS = {
+    "pretrain": PretrainConfig,
+    "compare": CompareConfig,
+    "finetune": FinetuneConfig,
+    "glue": GlueConfig,
+    "profile": ProfileConfig,
+}
+
+
+@pytest.mark.parametrize(("command", "kind"), KINDS.items())
 def test_the_help_explains_every_key(command, kind):
     parser = cli._parser(command, cli._load(command), kind)
     explained = {action.dest: action.help for action in parser._actions}
@@ -153,6 +169,38 @@ def test_the_module_is_a_program():
     done = subprocess.run([sys.executable, "-m", "mofasgd.cli", "nothing"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "no command 'nothing'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("finetune", ["--methd", "lora"], "did you mean 'method'"),
+        ("finetune", ["--data.trian", "a"], "did you mean 'data.train'"),
+        ("finetune", ["--batch_size", 6, "--micro_batch_size", 4], "batch_size=6 is no multiple of micro_batch_size=4"),
+        ("finetune", ["--warmup", 0.5], "warmup=0.5 and cooldown=0.95 overlap"),
+        ("finetune", ["--device", "tpu"], "device='tpu' is unknown"),
+        ("finetune", ["--data.context", 1], "data.context=1"),
+        ("glue", ["--seeds", "[1, 1]"], "seeds=[1, 1]"),
+        ("glue", ["--task", "rtee"], "task='rtee' is unknown; did you mean 'rte'?"),
+        ("profile", ["--steps", 0], "steps=0"),
+        ("profile", [], "model is empty"),
+    ],
+)
+def test_a_wrong_call_of_fine_tuning_ends_in_one_line(capsys, monkeypatch, tmp_path, command, arguments, message):
+    pytest.importorskip("trl")
+    monkeypatch.chdir(tmp_path)
+    status, error = failure(capsys, command, *arguments)
+    assert status in (1, 2)
+    assert message in error
+
+
+def test_fine_tuning_without_its_extra_names_the_fix():
+    script = "import sys; sys.modules['trl'] = None; from mofasgd.cli import main; sys.exit(main(['finetune']))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "pip install 'mofasgd[tune]'" in done.stderr
+    listed = subprocess.run([sys.executable, "-X", "importtime", "-m", "mofasgd.cli", "--help"], capture_output=True)
+    assert b" transformers" not in listed.stderr
 
 
 def test_without_the_extra_the_fix_is_named():

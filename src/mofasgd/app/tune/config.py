@@ -207,8 +207,8 @@ class GlueConfig(TuneConfig):
     a Hugging Face dataset with GLUE's columns"""
     context: int = 128
     """most tokens of a row; longer rows are cut and counted"""
-    rows: int = 0
-    """only so many training rows of a task, drawn by the first seed; 0: all"""
+    rows: dict[str, int] = field(default_factory=dict)
+    """task -> only so many of its training rows, drawn by the first seed"""
     methods: dict[str, MethodConfig] = field(default_factory=dict)
     """label of a table row -> method with its settings; empty: the one of this configuration"""
     lrs: dict[str, list[float]] = field(default_factory=dict)
@@ -221,7 +221,8 @@ class GlueConfig(TuneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_whole("context", self.context, 2)
-        check_whole("rows", self.rows, 0)
+        for task, count in self.rows.items():
+            check_whole(f"rows of {task!r}", count, 1)
         check_whole("jobs", self.jobs, 1)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={self.seeds} should be one or more different whole numbers")

@@ -35,6 +35,7 @@ from mofasgd.app.tune.rows import Skipped
 from mofasgd.app.tune.tasks import TASKS, encode, fingerprint, load, names
 from mofasgd.app.tune.training import Scheduled, quiet, ready, sizes, training_arguments
 from mofasgd.app.usage import peak_megabytes
+from mofasgd.options import check_choice
 
 
 class Classifier(Scheduled, Trainer):
@@ -81,13 +82,14 @@ def execute(run: Run) -> dict[str, Any]:
     config, task, settings = run.config, TASKS[run.task], resolve(run.method)
     tokenizer, skipped = load_tokenizer(config.model), Skipped()
     train, validation = load(config.data, run.task, skipped)
-    if config.rows and config.rows < len(train):
+    if run.task in config.rows:
         # By the first seed, whatever the run's: seeds are to differ in training, not in data.
-        train = random.Random(config.seeds[0]).sample(train, config.rows)
+        train = random.Random(config.seeds[0]).sample(train, min(config.rows[run.task], len(train)))
     (train_rows, cut), (validation_rows, cut_too) = (encode(tokenizer, r, config.context) for r in (train, validation))
 
     set_seed(run.seed)
-    options: dict[str, Any] = {"num_labels": task.classes}
+    # A saved model may have a head for another task.
+    options: dict[str, Any] = {"num_labels": task.classes, "ignore_mismatched_sizes": True}
     model: Any = load_model(config.model, AutoModelForSequenceClassification, config.precision, **options)
     model.config.pad_token_id = tokenizer.pad_token_id
     model = prepare(model, run.method.method, settings, "SEQ_CLS")
@@ -152,6 +154,8 @@ def specs(config: GlueConfig) -> list[Spec]:
     for label in config.lrs:
         if label not in methods:
             raise ValueError(f"lrs has the label {label!r}, which methods does not: {', '.join(methods)}")
+    for task in config.rows:
+        check_choice("rows", task, tuple(TASKS))
     found = []
     for task in names(config.task):
         for label, method in methods.items():
@@ -168,8 +172,9 @@ def specs(config: GlueConfig) -> list[Spec]:
 def identity(run: Run) -> dict[str, Any]:
     """Return what decides a run's scores beside its task, method and seed."""
     kept = ("model", "batch_size", "micro_batch_size", "epochs", "steps", "warmup", "cooldown", "precision")
-    found = {key: getattr(run.config, key) for key in (*kept, "data", "context", "rows")}
-    return {**found, "first seed": run.config.seeds[0]}
+    found = {key: getattr(run.config, key) for key in (*kept, "data", "context")}
+    limit = run.config.rows.get(run.task)
+    return {**found, "rows": limit and [limit, run.config.seeds[0]]}
 
 
 def glue(config: GlueConfig) -> None:

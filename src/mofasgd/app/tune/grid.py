@@ -111,7 +111,7 @@ class Grid:
             Display().note(f"{place}: {self._told(result)}")
 
     def _told(self, result: Result) -> str:
-        return "diverged" if result[self.score] is None else f"{self.score} {result[self.score]:.4g}"
+        return "diverged" if result[self.score] is None else f"{self.score} {result[self.score]:.5g}"
 
     def _sweep(self, jobs: Sequence[Job], execute: Callable[[Any], Result]) -> None:
         missing = [job for job in jobs if self._find(job) is None]
@@ -190,8 +190,8 @@ class Grid:
 def _shown(cell: Result) -> str:
     if cell["mean"] is None:
         return f"diverged (lr {cell['lr']:g})"
-    spread = "" if cell["std"] is None else f" ± {cell['std']:.3g}"
-    return f"{cell['mean']:.4g}{spread} (lr {cell['lr']:g}{'*' if cell['edge'] else ''})"
+    spread = "" if cell["std"] is None else f" ± {cell['std']:.2g}"
+    return f"{cell['mean']:.5g}{spread} (lr {cell['lr']:g}{'*' if cell['edge'] else ''})"
 
 
 def _lines(cells: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
