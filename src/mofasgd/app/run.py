@@ -22,7 +22,7 @@ from mofasgd.app.identity import check_same_run, identity, plain
 from mofasgd.app.record import JsonLines, Sink, TensorBoard, WandB, environment, read_metrics
 from mofasgd.app.signals import catch_signals
 from mofasgd.app.trainer import Trainer
-from mofasgd.app.usage import Clock
+from mofasgd.app.usage import Clock, out_of_memory
 
 
 class Session:
@@ -250,7 +250,7 @@ def train(config: PretrainConfig, display: Display) -> dict[str, Any]:
             finally:
                 session.close()
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
         raise Stopped(
             f"out of memory: {str(error).splitlines()[0]}. Lower micro_batch_size="

@@ -39,6 +39,11 @@ class Clock:
         return sum(seconds for seconds, _ in laps) / sum(steps for _, steps in laps) if laps else None
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory was what an operation lacked."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 def peak_megabytes(device: torch.device) -> float:
     """Return the peak memory in MB: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":

@@ -8,7 +8,6 @@ import json
 import math
 import shlex
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from mofasgd.app.tune.recording import MemoryProfile
 from mofasgd.app.tune.rows import Skipped
 from mofasgd.app.tune.training import quiet, ready, sizes, training_arguments
 from mofasgd.app.tune.tuner import Tuner, tuner
-from mofasgd.app.usage import Clock
+from mofasgd.app.usage import Clock, out_of_memory
 
 _FREE = {
     *("out", "resume", "eval_every", "log_every", "checkpoint_every", "keep_checkpoints", "samples", "exact_match"),
@@ -230,13 +229,12 @@ def _told(metrics: dict[str, Any]) -> str:
     return ", ".join(form.format(metrics[key]) for key, form in names.items() if key in metrics)
 
 
-def train(config: FinetuneConfig, display: Display, then: Callable[[Session], None] | None = None) -> dict[str, Any]:
+def train(config: FinetuneConfig, display: Display) -> dict[str, Any]:
     """Run `config` to its end and return the result, which is also in run.json.
 
     Args:
         config: of the run.
         display: of its progress.
-        then: called with the session at its end, of a run that was not finished before.
 
     Raises:
         ValueError: for a configuration, model or data that cannot be used, or a run folder that does not fit.
@@ -256,7 +254,16 @@ def train(config: FinetuneConfig, display: Display, then: Callable[[Session], No
             display.note(f"{out} has already taken its {earlier['result']['steps']} steps")
             found: dict[str, Any] = earlier["result"]
             return found
-        result = session.run()
+        try:
+            result = session.run()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise Stopped(
+                f"out of memory: {str(error).splitlines()[0]}. Lower micro_batch_size="
+                f"{config.micro_batch_size or config.batch_size} or data.context={config.data.context}, or add "
+                "--gradient_checkpointing true"
+            ) from error
         display.note(str(session.skipped))
         return result
 
