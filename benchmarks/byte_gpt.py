@@ -71,7 +71,7 @@ def mofasgd_with(basis):
         def _displace(self, member, before, after, active):
             plain = dataclasses.replace(member, spaces=None)
             move = super()._displace(plain, before, after, active)
-            G = member.gradient()
+            G = member.gradient.dense()
             if basis == "columns":
                 Q, P = member.spaces
                 extra = normalized_complement(P, Q, G.mT).mT

@@ -1,6 +1,9 @@
 """The command line: configurations, help, and mistakes that end in one clear line."""
 
 import dataclasses
+import json
+import re
+import shlex
 import subprocess
 import sys
 import typing
@@ -56,6 +59,43 @@ def test_every_shipped_config_is_valid(path):
         assert list(config.methods) == list(keys["methods"])
         return
     resolve(parse("pretrain", "--config", path).optimizer)
+
+
+def documented():
+    """Return the `mofasgd` calls of the documents and the shipped configurations, and what repeats docs/results."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").glob("*.yaml")]
+    texts = [line for page in pages for line in re.findall(r"^(?:#|  )  +mofasgd (.+)", page.read_text(), flags=re.M)]
+    results = [json.loads(path.read_text()) for path in (ROOT / "docs" / "results").glob("*.json")]
+    texts += [content["repeat"].removeprefix("mofasgd ") for content in results if "repeat" in content]
+    return sorted({shlex.join(shlex.split(text, comments=True)) for text in texts})
+
+
+@pytest.mark.parametrize("call", documented())
+def test_calls_in_the_documents_are_valid(monkeypatch, tmp_path, call):
+    monkeypatch.chdir(ROOT)
+    # What a line of the page would have left before the next.
+    left = write_config(tiny(tmp_path), tmp_path / "config.yaml")
+    command, *arguments = [str(left) if word == "runs/book/config.yaml" else word for word in shlex.split(call)]
+    config = parse(command, *arguments)
+    if command == "compare":
+        check(config)
+    else:
+        resolve(config.optimizer)
+
+
+def test_the_demo_is_one_of_the_runs_behind_its_rates():
+    demo, rates = (parse("compare", "--config", ROOT / "configs" / name) for name in ("demo.yaml", "demo_rates.yaml"))
+    assert demo.base == rates.base
+
+    def runs(config):
+        jobs = [
+            dataclasses.replace(method, lr=lr, attach=None)
+            for label, method in config.methods.items()
+            for lr in config.lrs.get(label, [method.lr])
+        ]
+        return [dataclasses.astuple(job) for job in jobs]
+
+    assert set(runs(demo)) <= set(runs(rates))
 
 
 def test_flags_override_the_file(tmp_path):

@@ -17,10 +17,14 @@ SOURCE = ROOT / "src" / "mofasgd"
 
 # From the bottom up; a module may import from lower layers only.
 LAYERS = [
-    {"precision", "rng", "layout"},
+    {"precision", "layout", "stack", "kernels"},
+    {"rng"},
     {"momentum", "options", "apply"},
-    {"clipping", "complement", "solver", "adamw", "state", "groups", "gradient"},
-    {"factored", "attach"},
+    {"algebra", "clipping", "complement", "adamw", "state", "groups"},
+    {"solver", "gradient"},
+    {"attach"},
+    {"factored"},
+    {"start"},
     {"base"},
     {"optimizer"},
     {"paper", "hf", "memory"},

@@ -18,7 +18,7 @@ def reference_word(key, step, element):
     """The same hash in Python's integers."""
     first = hash_word(step ^ key)
     second = hash_word(first ^ hash_word(key))
-    return hash_word(hash_word((element & 0xFFFFFFFF) ^ first) ^ (element >> 32) ^ second)
+    return hash_word((element & 0xFFFFFFFF) ^ first ^ hash_word(element >> 32)) ^ second
 
 
 def test_words_equal_the_hash_in_python_integers():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mofasgd.precision import in_true_float32
-from mofasgd.rng import ROUNDING, key_of, random_words
+from mofasgd.rng import ROUNDING, key_of, random_halves
 
 TILE = 1 << 24
 """Elements of a low-precision weight that are updated at a time; bounds the float32 copies (64 MiB each)."""
@@ -41,23 +41,23 @@ class Rounding:
     def write(self, weight: Tensor, value: Tensor, start: int = 0) -> None:
         """Round `value` into `weight` (same shape, in place); `start` is the index of its first element."""
         if weight.dtype is torch.bfloat16 and self.stochastic:
-            words = random_words(self.key, self.step, start, value.numel(), value.device)
-            value = stochastic_bfloat16(value.to(torch.float32), words.view(value.shape))
+            halves = random_halves(self.key, self.step, start, value.numel(), value.device)
+            value = stochastic_bfloat16(value.to(torch.float32), halves.view(value.shape))
         weight.copy_(value)
 
 
-def stochastic_bfloat16(value: Tensor, words: Tensor) -> Tensor:
+def stochastic_bfloat16(value: Tensor, halves: Tensor) -> Tensor:
     """Round float32 `value` to bfloat16, up with the probability that makes the mean exact.
 
     Args:
         value: float32, any shape.
-        words: random int32 words of the same shape, of which the low 16 bits are used.
+        halves: random int32 numbers of 16 bits, of the same shape; further bits are ignored.
 
     Values that bfloat16 holds exactly, infinities and NaN come back unchanged.
     """
     bits = value.contiguous().view(torch.int32)
     # bfloat16 is the upper half of float32: adding 16 random bits below it carries with the right probability.
-    rounded = ((bits + (words & 0xFFFF)) & ~0xFFFF).view(torch.float32)
+    rounded = ((bits + (halves & 0xFFFF)) & ~0xFFFF).view(torch.float32)
     return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
 
 

@@ -13,11 +13,11 @@ from mofasgd.adamw import AdamWUpdate
 from mofasgd.apply import Rounding
 from mofasgd.base import FactoredOptimizer
 from mofasgd.clipping import count_bad, measure
-from mofasgd.factored import Context, Displacement, Member, Start, Update, displacement
+from mofasgd.factored import Context, Displace, Member, Update, take_all
 from mofasgd.gradient import DenseGradient, Gradient
-from mofasgd.momentum import Factors
 from mofasgd.options import Group, check_choice, check_flag, check_polar, check_whole, complete
 from mofasgd.solver import SOLVERS
+from mofasgd.start import Start
 from mofasgd.state import factored_shape, waiting
 
 _STATE_DTYPES = (torch.float32, torch.float64)
@@ -108,7 +108,7 @@ class MoFaSGD(FactoredOptimizer):
         clip_eps: float | None = None,
         max_value: float | None = None,
     ) -> None:
-        check_choice("solver", solver, tuple(SOLVERS))
+        check_choice("solver", solver, SOLVERS)
         check_whole("seed", seed)
         check_flag("stochastic_rounding", stochastic_rounding)
         if state_dtype not in _STATE_DTYPES:
@@ -181,11 +181,13 @@ class MoFaSGD(FactoredOptimizer):
         updates = self._observe(gate)
         squares = self._taken.squares + [update.square_norms.sum() for update in updates]
         self._norm, factor = measure(squares, self.max_grad_norm, grad_scale)
+        take_all([update for update in updates if isinstance(update, Update)], factor)
         for update in updates:
-            update.take(None if factor is None else factor.to(update.active.device))
+            if isinstance(update, AdamWUpdate):
+                update.take(None if factor is None else factor.to(update.active.device))
         finite = self._taken.finite + [update.finite for update in updates]
         self._nonfinite = count_bad(self._nonfinite, finite, gate)
-        self._settle(self._taken.started + [u.members[0].param for u in updates if isinstance(u, Start)])
+        self._settle(self._taken.started + [m.param for u in updates if isinstance(u, Start) for m in u.members])
         self._taken = Taken()
         if self._handle is not None:
             self._handle.next_window()
@@ -195,6 +197,7 @@ class MoFaSGD(FactoredOptimizer):
         """Return the observed parameters with a gradient, the factored ones in batches."""
         context = self._context(gate)
         updates: list[Update | AdamWUpdate] = []
+        starting: dict[tuple[Any, ...], tuple[list[Member], list[int]]] = {}
         buckets: dict[tuple[Any, ...], list[Member]] = {}
         assert self._pending is not None
         for index, param, group in self._parameters():
@@ -204,15 +207,23 @@ class MoFaSGD(FactoredOptimizer):
                     rounding = Rounding.of(self.stochastic_rounding, self.seed, index, state["step"])
                     updates.append(AdamWUpdate(param, group, state, rounding, gate))
                 continue
-            member = self._member(index, param, group)
-            if member is None:
+            if not self.state[param]:
                 continue
-            if param in self._pending:
-                updates.append(Start(member, self._pending[param], context))
-            else:
-                key = (id(group), member.shape, param.device)
+            member = self._member(index, param, group)
+            key = (id(group), member.shape, param.device, param.dtype)
+            pending = self._pending.get(param)
+            if pending is None:
                 buckets.setdefault(key, []).append(member)
-        return updates + [Update(members, context) for members in buckets.values()]
+            elif member.gradient is not None:
+                # Stacks that have started in part go alone.
+                alone = index if len(pending) < member.shape.batch else None
+                starting.setdefault((*key, alone), ([], pending))[0].append(member)
+        for members, pending in starting.values():
+            some = Start.most(members[0])
+            updates += [Start(members[i : i + some], pending, context) for i in range(0, len(members), some)]
+        # A started parameter without a gradient stays beside the others, lest their state be moved in memory.
+        started = (members for members in buckets.values() if any(m.gradient is not None for m in members))
+        return updates + [Update(members, context) for members in started]
 
     def _check(self) -> None:
         """Raise ValueError for what no step can be taken with, before any gradient is read or sketch used up."""
@@ -230,17 +241,15 @@ class MoFaSGD(FactoredOptimizer):
                 )
 
     def _context(self, gate: Tensor | None) -> Context:
-        return Context(SOLVERS[self.solver], self._displace, self.seed, self.stochastic_rounding, gate)
+        return Context(self.solver, self._displace, self.seed, self.stochastic_rounding, gate)
 
-    def _member(self, index: int, param: Tensor, group: Group) -> Member | None:
-        """Return a factored parameter with what this step reads of its gradient, or None without one."""
+    def _member(self, index: int, param: Tensor, group: Group) -> Member:
+        """Return a factored parameter with what this step reads of its gradient."""
         shape, _ = factored_shape(param, group)
         gradient: Gradient | None = None if param.grad is None else DenseGradient(param.grad, shape)
         if self._handle is not None and self._handle.sketches(param):
             self._refuse_full_gradient(group)
             gradient = self._handle.gradient(param)
-        if gradient is None:
-            return None
         return Member(index, param, group, self.state[param], shape, gradient)
 
     def _reads_gradient(self, group: Group) -> str | None:
@@ -249,15 +258,14 @@ class MoFaSGD(FactoredOptimizer):
 
     def _step_in_backward(self, index: int, param: Tensor, group: Group) -> None:
         """Take the step of one factored parameter by `param.grad`; `step()` counts it."""
-        member = self._member(index, param, group)
-        assert member is not None
         if self._pending is None:
             self.materialize()
         assert self._pending is not None
         pending = self._pending.get(param)
         context = self._context(None)
-        update = Start(member, pending, context) if pending else Update([member], context)
-        update.take(None)
+        member = self._member(index, param, group)
+        update = Start([member], pending, context) if pending else Update([member], context)
+        take_all([update], None)
         self._taken.squares.append(update.square_norms.sum())
         self._taken.finite.append(update.finite)
         self._taken.started += [param] if pending else []
@@ -265,8 +273,10 @@ class MoFaSGD(FactoredOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_taken": Taken()}
 
-    def _displace(self, member: Member, before: Factors, after: Factors, active: Tensor) -> Displacement:
-        return displacement(member, before, after, active)
+    @property
+    def _displace(self) -> Displace | None:
+        """What makes another step of the factors than this class does, or None."""
+        return None
 
     def _settle(self, params: Sequence[Tensor]) -> None:
         """Note which matrices of `params` have started. Waits for the device if there are any."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mofasgd.factored import Displacement, Member
+from mofasgd.factored import Displace, Displacement, Member
 from mofasgd.layout import as_matrices
 from mofasgd.momentum import Factors, sketch, truncated_svd, update_factors
 from mofasgd.optimizer import MoFaSGD
@@ -102,7 +102,11 @@ class AuthorsMFSGD(MoFaSGD):
         named = {"eta2": self.eta2, "nesterov": self.nesterov}
         return next((f"{name}={value}" for name, value in named.items() if value), None)
 
-    def _displace(self, member: Member, before: Factors, after: Factors, active: Tensor) -> Displacement:
+    @property
+    def _displace(self) -> Displace:
+        return self._authors_step
+
+    def _authors_step(self, member: Member, before: Factors, after: Factors, active: Tensor) -> Displacement:
         group = member.group
         U, s, V = after
         if self.nesterov:
@@ -120,7 +124,7 @@ class AuthorsMFSGD(MoFaSGD):
         return Displacement(U * coefficients[:, None, :], V, extra, 1.0)
 
     def _gradient(self, member: Member, active: Tensor) -> Tensor:
-        G = torch.where(active[:, None, None], member.gradient.dense().to(self.state_dtype), 0.0)
+        G = torch.where(active[:, None, None], member.dense().to(self.state_dtype), 0.0)
         return G if member.factor is None else G * member.factor
 
     def __getstate__(self) -> dict[str, Any]:

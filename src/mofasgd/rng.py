@@ -7,11 +7,14 @@ last operation is 32-bit integer arithmetic, hence bit-equal on CPU, GPU and in 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from mofasgd.kernels import usable
 
 ROUNDING, START_RIGHT, START_LEFT = 1, 2, 3
 """Purposes: stochastic rounding; the start's test matrices Omega (right) and Psi (left)."""
@@ -62,6 +65,12 @@ def key_tensor(keys: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(words, dtype=torch.int32, device=device)
 
 
+@functools.lru_cache(maxsize=1024)
+def keys_on(keys: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return `key_tensor`, made once: a step copies nothing to the device that it has copied before."""
+    return key_tensor(keys, device)
+
+
 def random_words(key: int | Tensor, step: int | Tensor, start: int, count: int, device: torch.device) -> Tensor:
     """Return uniform int32 words for the elements start .. start + count - 1, shape (count,).
 
@@ -80,7 +89,15 @@ def random_words(key: int | Tensor, step: int | Tensor, start: int, count: int, 
     second = hash_words(first ^ hashed)
     elements = torch.arange(start, start + count, dtype=torch.int64, device=device)
     low, high = elements.to(torch.int32), (elements >> 32).to(torch.int32)
-    return hash_words(hash_words(low ^ first) ^ high ^ second)
+    # One hash a word: the rest of a weight's update takes a GPU no longer than this.
+    return hash_words(low ^ first ^ hash_words(high)) ^ second
+
+
+def random_halves(key: int, step: Tensor, start: int, count: int, device: torch.device) -> Tensor:
+    """Return uniform 16-bit numbers, int32 (count,), for elements from `start` on: two elements share a word."""
+    words = random_words(key, step, start // 2, (start + count + 1) // 2 - start // 2, device)
+    halves = torch.stack([words & 0xFFFF, (words >> 16) & 0xFFFF], dim=-1).flatten()
+    return halves[start % 2 : start % 2 + count]
 
 
 def gaussian(rows: int, columns: int, key: int | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -91,6 +108,11 @@ def gaussian(rows: int, columns: int, key: int | Tensor, device: torch.device, d
     says: a layer under autocast then multiplies by the very matrix that the step inverts in float32.
     """
     result = torch.empty(rows, columns, dtype=dtype, device=device)
+    if usable(device) and result.numel() < 1 << 31:
+        from mofasgd.kernels.gaussian import fill_gaussian
+
+        fill_gaussian(result, keys_on((key,), device)[0] if isinstance(key, int) else key)
+        return result
     tile = max(1, _TILE // columns)
     for row in range(0, rows, tile):
         part = result[row : row + tile]

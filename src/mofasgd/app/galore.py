@@ -6,15 +6,16 @@ recorded trajectory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+
+from mofasgd.app.per_parameter import PerParameter
 
 
-class GaLore(Optimizer):
+class GaLore(PerParameter):
     """AdamW whose moments of matrices live in a rank-r subspace of the gradient, renewed every `gap` steps.
 
     Groups without `rank` are plain AdamW (a group key `rank` of None says so).
@@ -43,24 +44,10 @@ class GaLore(Optimizer):
         defaults = {"lr": lr, "rank": rank, "gap": gap, "scale": scale, "betas": betas, "eps": eps}
         super().__init__(params, defaults | {"weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; return the closure's loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._step_one(param, group)
-        return loss
-
-    def _step_one(self, param: Tensor, group: dict[str, Any]) -> None:
+    def _step_one(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
         done = int(state.setdefault("step", torch.zeros(())))
-        grad, low_rank = param.grad, group["rank"] is not None
-        assert grad is not None
+        low_rank = group["rank"] is not None
         if low_rank:
             if done % group["gap"] == 0:
                 state["basis"] = _leading_basis(grad, group["rank"])

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch.optim import Optimizer
+from torch import Tensor
 
+from mofasgd.app.per_parameter import PerParameter
 from mofasgd.complement import complement_scale
 
 
-class RowNormSGD(Optimizer):
+class RowNormSGD(PerParameter):
     """W <- (1 - lr wd) W - lr scale E, the rows of E being those of the gradient at equal length, |E|_F = 1.
 
     The scale, sqrt(min(m, n)) * sqrt(max(1, m / n)), is that of MoFaSGD's complement at c = 1 and lr_scale "spectral".
@@ -26,19 +26,8 @@ class RowNormSGD(Optimizer):
     def __init__(self, params: Iterable[Any], lr: float = 0.04, *, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step; return the closure's loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                m, n = param.shape
-                scale = complement_scale(1.0, m, n) * max(1.0, m / n) ** 0.5
-                param.mul_(1 - group["lr"] * group["weight_decay"])
-                param.add_(F.normalize(param.grad, dim=1), alpha=-group["lr"] * scale / m**0.5)
-        return loss
+    def _step_one(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        m, n = param.shape
+        scale = complement_scale(1.0, m, n) * max(1.0, m / n) ** 0.5
+        param.mul_(1 - group["lr"] * group["weight_decay"])
+        param.add_(F.normalize(grad, dim=1), alpha=-group["lr"] * scale / m**0.5)

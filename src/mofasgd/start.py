@@ -1,0 +1,99 @@
+"""The first window of factored parameters: their momenta become M_1, found from sketches of the gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mofasgd.complement import seen_spaces
+from mofasgd.factored import Context, Member, Update, clean
+from mofasgd.gradient import FirstWindow, first_factors
+from mofasgd.kernels import usable
+from mofasgd.momentum import Factors, init_widths, power_of_two, real_factors, sketch
+
+_TOGETHER = 1 << 25
+"""Elements of sketches that are turned into momenta at a time (128 MiB, some temporaries as large)."""
+
+
+class Start(Update):
+    """Parameters of one shape and group in their first window; one stack alone may hold started matrices as well."""
+
+    def __init__(self, members: list[Member], pending: list[int], context: Context) -> None:
+        """Observe `members`, whose matrices number `pending` (of b each) have no momentum yet."""
+        self.every = len(pending) == members[0].shape.batch
+        assert self.every or len(members) == 1
+        device = members[0].param.device
+        self.pending = torch.arange(len(members) * len(pending), device=device)
+        self.places = None if self.every else torch.tensor(pending, device=device)
+        super().__init__(members, context)
+
+    @staticmethod
+    def most(member: Member) -> int:
+        """Return how many parameters like `member` may start together: sketches of many are held at once."""
+        if not usable(member.param.device):
+            return 1
+        (l, k), shape = init_widths(member.state["s"].shape[-1]), member.shape
+        return max(1, _TOGETHER // (shape.batch * (shape.m * l + shape.n * k)))
+
+    def observe(self) -> None:
+        """Sketch the gradients by the test matrices; sets the attributes from `problem` on."""
+        if self.every:
+            self.problem = None
+        else:
+            # Pending matrices have zero factors, hence zero sketches and no part in this.
+            super().observe()
+            assert self.places is not None
+            self.pending = self.places
+        rank, dtype = self.stored.s.shape[-1], self.stored.U.dtype
+        firsts = [FirstWindow(self.context.seed, m.index, self.shape, rank, dtype) for m in self.members]
+        observed: list[tuple[Tensor, ...]] = []
+        for member, first in zip(self.members, firsts, strict=True):
+            assert member.gradient is not None
+            observed.append(member.gradient.start(first, self.places))
+        joined = [torch.cat(parts) for parts in zip(*observed, strict=True)]
+        del observed
+        finite = torch.stack([t.isfinite().all(-1).all(-1) for t in joined]).all(dim=0)
+        nonzero = torch.stack([(t != 0).any(-1).any(-1) for t in joined]).any(dim=0)
+        # M_1 is found at a power of two of its size, which may be out of range until the gradient is clipped.
+        joined = [clean(t, finite & nonzero) for t in joined]
+        scale = power_of_two(*joined)
+        self.first = first_factors(self.context.solver, firsts, [t / scale for t in joined])
+        self.s = self.first.s.double() * scale[..., 0]
+        squares = self.s.square().sum(dim=-1)
+        if self.every:
+            self.judge(finite, nonzero, squares)
+            return
+        # The parameter's finiteness is that of both its parts.
+        all_finite = self.finite.repeat_interleave(self.b).index_copy(0, self.pending, finite)
+        self.judge(
+            all_finite,
+            self.active.index_copy(0, self.pending, nonzero),
+            self.square_norms.index_copy(0, self.pending, squares),
+        )
+
+    def after(self, solved: Factors | None, factor: Tensor | None) -> Factors:
+        """Return M_1 of the matrices that start, the update of those that have started."""
+        s = self.s if factor is None else self.s * factor
+        first = self.first._replace(s=s.to(self.first.s.dtype))
+        return first if solved is None else self._with(solved, first)
+
+    def before(self) -> Factors:
+        """Return M_1 of the matrices that start: it has no factors before it; the complement is taken of its own."""
+        first = real_factors(*self.first)
+        return first if self.every else self._with(super().before(), first)
+
+    def spaces(self) -> tuple[Tensor, Tensor]:
+        """Return what the complement leaves out; the matrices that start are sketched by M_1."""
+        U, _, V = self.before()
+        found = []
+        for part, member in self.parts():
+            G = clean(member.dense(), self.active[part])
+            G = G / power_of_two(G)
+            size = torch.linalg.vector_norm(G, dim=(-2, -1), dtype=torch.float64)
+            found.append(seen_spaces(U[part], V[part], *sketch(G, U[part], V[part]), size))
+        Q, P = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return Q, P
+
+    def _with(self, factors: Factors, first: Factors) -> Factors:
+        """Return `factors` with `first` in the pending places."""
+        return Factors(*(old.index_copy(0, self.pending, new) for old, new in zip(factors, first, strict=True)))
