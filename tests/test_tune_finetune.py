@@ -94,6 +94,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, model, monkeypatch, me
         interrupt_at(patch, 2)  # the first is before training
         with pytest.raises(Stopped, match=r"SIGINT at step 4: saved\. Go on with: mofasgd finetune --config .*resume"):
             run_quietly(config(tmp_path, model, **options(method), **kept))
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-4" / "trainer_state.json").exists()
     resumed = config(tmp_path, model, resume=True, **options(method), **kept)
     result = run_quietly(resumed)
     assert result["validation_loss"] == expected["validation_loss"]
@@ -176,6 +177,7 @@ def test_answers_do_not_depend_on_the_batch(tmp_path, model, monkeypatch):
         ("#### none of 3", 3.0),
         ("5 ####", None),
         ("#### 1 or #### 2", 2.0),
+        ("#### 5, not 6", 5.0),
     ],
 )
 def test_the_final_number(text, number):

@@ -21,12 +21,11 @@ _TOKENS = 1 << 13
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set the model to evaluation and back; torch's random state is as before."""
+    """Set the model to evaluation, without gradients, and back."""
     was = model.training
     model.eval()
-    devices = [p.device for p in list(model.parameters())[:1] if p.device.type == "cuda"]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with torch.no_grad():
             yield
     finally:
         model.train(was)
@@ -64,12 +63,19 @@ def answer_loss(model: Any, examples: Sequence[Example], autocast: Callable[[], 
             mask = _pad([[1] * len(row.input_ids) for row in rows], 0, device)
             targets = _pad([row.labels for row in rows], IGNORED, device)[:, 1:].flatten()
             with autocast():
-                logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].flatten(0, 1)
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].flatten(0, 1)
             # Only the logits that count, in float32: all of them would be the largest tensor of the run.
             learned = targets != IGNORED
             total += float(F.cross_entropy(logits[learned].float(), targets[learned], reduction="sum"))
             count += int(learned.sum())
     return total / count, count
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end an answer: a chat's end of turn may be the model's or the tokenizer's."""
+    own = model.generation_config.eos_token_id
+    found = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
+    return sorted(token for token in found if token is not None)
 
 
 def write(
@@ -89,7 +95,7 @@ def write(
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
                     pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=tokenizer.eos_token_id,
+                    eos_token_id=_ends(model, tokenizer),
                 )
             for i, text in zip(
                 numbers, tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True), strict=True
