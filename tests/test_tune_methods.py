@@ -141,6 +141,9 @@ def test_adapters_are_of_the_rank_and_all_that_is_trained():
     assert scalings == [2.0] * 14
 
 
-def test_a_rank_that_leaves_nothing_is_named():
+@pytest.mark.parametrize("name", ["galore", "mofasgd"])
+def test_a_rank_that_leaves_nothing_is_named(name):
+    settings = resolve(MethodConfig(method=name, rank=32))
     with pytest.raises(ValueError, match="rank=32 leaves no matrix of LlamaForCausalLM"):
-        TableFactory()(llama(), method="galore", settings=resolve(MethodConfig(method="galore", rank=32)))
+        prepare(llama(), name, settings, "CAUSAL_LM")
+    assert prepare(llama(), name, settings | {"rank": 31}, "CAUSAL_LM") is not None

@@ -39,7 +39,7 @@ def draw(timeline: Timeline, title: str, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     found, moments = summary(timeline), _moments(timeline)
-    times = [1000 * timeline.times[i] for i in moments]
+    times = [timeline.times[i] for i in moments]
     figure, axes = plt.subplots(figsize=(13, 5.5), layout="constrained")
     lower = [0.0] * len(moments)
     for category, held in timeline.sizes.items():
@@ -48,12 +48,10 @@ def draw(timeline: Timeline, title: str, path: Path) -> None:
         axes.fill_between(times, lower, upper, step="post", color=_COLORS[category], label=label, linewidth=0)
         lower = upper
     for number, (begin, end) in enumerate(timeline.steps, 1):
-        axes.axvspan(1000 * begin, 1000 * end, color="k", alpha=0.08, linewidth=0)
-        axes.annotate(f"step {number}", (500 * (begin + end), 1.0), xycoords=("data", "axes fraction"), ha="center")
+        axes.axvspan(begin, end, color="k", alpha=0.08, linewidth=0)
+        axes.annotate(f"step {number}", ((begin + end) / 2, 1.0), xycoords=("data", "axes fraction"), ha="center")
     axes.axhline(found["peak_mb"], color="k", linewidth=0.6, linestyle=":")
-    axes.set(
-        xlabel="milliseconds, slowed by recording (shaded: the optimizer's steps)", ylabel="MB", title=f"{title}\n"
-    )
+    axes.set(xlabel="seconds, slowed by recording (shaded: the optimizer's steps)", ylabel="MB", title=f"{title}\n")
     axes.set_ylim(0, 1.02 * found["peak_mb"])
     axes.margins(x=0)
     handles, labels = axes.get_legend_handles_labels()

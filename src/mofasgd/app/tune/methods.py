@@ -52,8 +52,12 @@ def _decays(params: list[Tensor], settings: Settings) -> list[dict[str, Any]]:
     return [{"params": some, "weight_decay": decay} for some, decay in parts if some]
 
 
-def _split(model: nn.Module, rank: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the matrices that MoFaSGD of this rank would factor, as far as they are 2-D, and the rest."""
+def split(model: nn.Module, rank: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the matrices that MoFaSGD of this rank would factor, as far as they are 2-D, and the rest.
+
+    Raises:
+        ValueError: if there is no such matrix.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nothing is factored is an error here
         groups = param_groups(model, rank=rank)
@@ -99,13 +103,13 @@ def _rest(params: list[Tensor], settings: Settings) -> Optimizer:
 
 
 def _muon(model: nn.Module, settings: Settings) -> Optimizer:
-    matrices, rest = _split(model, rank=1)
+    matrices, rest = split(model, rank=1)
     muon = Muon(matrices, lr=settings["lr"], momentum=settings["beta"], weight_decay=settings["weight_decay"])
     return Joint([muon, _rest(rest, settings)])
 
 
 def _galore(model: nn.Module, settings: Settings) -> Optimizer:
-    matrices, rest = _split(model, settings["rank"])
+    matrices, rest = split(model, settings["rank"])
     own = {key: settings[key] for key in ("rank", "gap", "scale", "weight_decay")}
     groups = [{"params": matrices, **own}]
     groups += [group | {"lr": settings["adamw_lr"]} for group in _decays(rest, settings)]

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from mofasgd.app.baselines import Settings
-from mofasgd.app.tune.methods import freeze
+from mofasgd.app.tune.methods import freeze, split
 
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:
@@ -97,10 +97,12 @@ def prepare(model: nn.Module, method: str, settings: Settings, task_type: str) -
         task_type: of PEFT; with "SEQ_CLS" adapters come with the new head, trained whole.
 
     Raises:
-        ValueError: if PEFT is missing, or a pattern matches nothing.
+        ValueError: if PEFT is missing, a pattern matches nothing, or the rank leaves no matrix to factor.
     """
     if method != "lora":
         freeze(model, settings["freeze"])
+        if "rank" in settings and not settings.get("factor"):
+            split(model, settings["rank"])
         return model
     try:
         from peft import LoraConfig, get_peft_model
