@@ -63,8 +63,8 @@ def execute(config: FinetuneConfig) -> dict[str, Any]:
     return {**kept, **result, "data": record["identity"]["data"], "environment": record["sessions"][-1]}
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Make the runs that are missing and show the table."""
+def read(arguments: list[str] | None) -> tuple[TableConfig, list[Spec]]:
+    """The configuration that a command line gives, and the cells of its table."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", action="config")
@@ -76,6 +76,12 @@ def main(arguments: list[str] | None = None) -> None:
     for label, method in table.methods.items():
         rates = table.lrs.get(label) or [resolve(method)["lr"]]
         specs.append(Spec("validation loss", label, {lr: dataclasses.replace(method, lr=lr) for lr in rates}))
+    return table, specs
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Make the runs that are missing and show the table."""
+    table, specs = read(arguments)
     table.out.mkdir(parents=True, exist_ok=True)
     Grid(
         table.out,

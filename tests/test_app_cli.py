@@ -98,6 +98,21 @@ def test_the_demo_is_one_of_the_runs_behind_its_rates():
     assert set(runs(demo)) <= set(runs(rates))
 
 
+def test_the_fine_tuning_table_is_valid(monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from finetune_table import config_of, read
+
+    from mofasgd.app.tune.methods import resolve
+
+    table, specs = read(["--config", str(ROOT / "benchmarks" / "finetune_gsm8k.yaml"), "--base.model", "a"])
+    runs = [config_of(table, method, seed) for spec in specs for method in spec.rates.values() for seed in table.seeds]
+    assert {len(spec.rates) for spec in specs} == {3}
+    assert all(resolve(run) for run in runs)
+    # No two runs share a folder.
+    assert len({run.out for run in runs}) == len(runs) == 3 * 2 * len(table.methods)
+
+
 def test_flags_override_the_file(tmp_path):
     path = write_config(tiny(tmp_path, steps=30), tmp_path / "a.yaml")
     config = parse("pretrain", "--config", path, "--optimizer.rank", 2, "--data.train", "pydoc", "--seed", 7)
