@@ -21,7 +21,7 @@ LAYERS = [
     {"rng"},
     {"momentum", "options", "apply"},
     {"algebra", "clipping", "complement", "adamw", "state", "groups"},
-    {"solver", "gradient"},
+    {"solver", "gradient", "residual"},
     {"attach"},
     {"factored"},
     {"start"},

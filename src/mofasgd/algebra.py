@@ -29,10 +29,13 @@ from mofasgd.kernels import usable
 from mofasgd.momentum import real_columns
 from mofasgd.rng import gaussian
 
+SOLVERS = ("auto", "svd", "gram")
+"""Exact QR and SVD; Gram matrices; and the latter where it loses nothing: for factors in float32."""
+
 DEPENDENT = 1e-12
 """A column whose squared distance from those before it is below this part of its square depends on them."""
 
-_DIRECT = {"cpu": 1 << 30, "cuda": 128}
+_DIRECT = {"cpu": 1 << 30, "cuda": 64}
 """Rows of the largest core whose singular vectors are found at once: by LAPACK, by Jacobi rotations."""
 
 _ITERATIONS = 3
@@ -58,6 +61,11 @@ class Weights(NamedTuple):
     left: Tensor
     s: Tensor
     right: Tensor
+
+
+def by_gram(solver: str, dtype: torch.dtype) -> bool:
+    """Return whether `solver` (a name of `SOLVERS`) works by Gram matrices on factors of `dtype`."""
+    return solver == "gram" or (solver == "auto" and dtype is torch.float32)
 
 
 def gram(A: Tensor, B: Tensor) -> Tensor:
@@ -86,39 +94,13 @@ def independent_columns(gram: Tensor) -> tuple[Tensor, Tensor]:
     rows there. Float64.
     """
     k = gram.shape[-1]
-    if k <= 64:
-        if usable(gram.device):
-            from mofasgd.kernels.cholesky import independent_columns as on_gpu
-
-            return on_gpu(gram, DEPENDENT)
-        return _column_by_column(gram)
-    # Halves: the second is what the first leaves of it.
-    half = 64 * max(1, k // 128)
-    R1, N1 = independent_columns(gram[:, :half, :half])
-    R12 = N1.mT @ gram[:, :half, half:]
-    R2, N2 = independent_columns(gram[:, half:, half:] - R12.mT @ R12)
-    R, N = torch.zeros_like(gram), torch.zeros_like(gram)
-    R[:, :half, :half], R[:, :half, half:], R[:, half:, half:] = R1, R12, R2
-    N[:, :half, :half], N[:, :half, half:], N[:, half:, half:] = N1, -N1 @ (R12 @ N2), N2
-    return R, N
-
-
-def _column_by_column(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """What `kernels.cholesky` does in one launch."""
-    upper, info = torch.linalg.cholesky_ex(gram, upper=True)
-    if not info.any() and (upper.diagonal(dim1=-2, dim2=-1).square() > DEPENDENT).all():
-        eye = torch.eye(gram.shape[-1], dtype=gram.dtype).expand_as(gram)
-        return upper, torch.linalg.solve_triangular(upper, eye, upper=True)
-    S, R = gram.clone(), torch.zeros_like(gram)
-    N = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
-    for j in range(gram.shape[-1]):
-        pivot = S[:, j, j]
-        scale = torch.where(pivot > DEPENDENT, pivot.clamp(min=DEPENDENT).rsqrt(), 0.0)[:, None]
-        R[:, j, j:] = S[:, j, j:] * scale
-        S -= R[:, j, :, None] * R[:, j, None, :]
-        N[:, :, j] *= scale
-        N[:, :, j + 1 :] -= N[:, :, j, None] * R[:, j, None, j + 1 :]
-    return R, N
+    eye = torch.eye(k, dtype=gram.dtype, device=gram.device)
+    # The shift is far above what rounding can take from a pivot, so that none fails; a dependent column is left with
+    # little more than the shift, and what it passes on to later ones is a thousandth of that.
+    R, _ = torch.linalg.cholesky_ex(gram + DEPENDENT * eye, upper=True)
+    N = torch.linalg.solve_triangular(R, eye.expand_as(gram), upper=True)
+    real = R.diagonal(dim1=-2, dim2=-1).square() > 4 * DEPENDENT
+    return R * real[:, :, None], N * real[:, None, :]
 
 
 def _unit(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,7 +199,7 @@ def solve(small: Small, beta: float | Tensor, factor: Tensor | None) -> Weights:
     size = torch.where(size > 0, size, 1.0)
     core = core / size
 
-    Y = _complete(orthonormal(_right_vectors(core, r))[0])
+    Y = _complete(_right_vectors(core, r))
     X, _, R = orthonormal(core @ Y)
     found = R.diagonal(dim1=-2, dim2=-1).cummin(dim=-1).values * size[:, :, 0]
     return Weights(Nu @ _complete(X), found, Nv @ Y)

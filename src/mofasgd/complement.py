@@ -26,7 +26,7 @@ from mofasgd.precision import in_true_float32
 NOISE = 1e-3
 """A row with |R_i| <= NOISE |G_i| is what rounding leaves of a row inside both spaces, not a direction."""
 
-_ROUNDING = 100
+EPSILONS = 100
 """Products with G round by this many machine epsilons of |G| at most."""
 
 
@@ -54,7 +54,7 @@ def seen_spaces(U: Tensor, V: Tensor, GV: Tensor, GtU: Tensor, size: Tensor) -> 
         size: |G|_F in float64, shape (...); the sketches round relative to it.
     """
     scale = power_of_two(GV, GtU)
-    noise = (_ROUNDING * torch.finfo(U.dtype).eps * size[..., None, None] / scale).to(U.dtype)
+    noise = (EPSILONS * torch.finfo(U.dtype).eps * size[..., None, None] / scale).to(U.dtype)
     Q = torch.cat([U, _new_directions(U, GV / scale, noise)], dim=-1)
     P = torch.cat([V, _new_directions(V, GtU / scale, noise)], dim=-1)
     return Q, P
@@ -81,7 +81,7 @@ def normalized_complement(Q: Tensor, P: Tensor, G: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(R, dim=-1, keepdim=True)
     noise = NOISE * torch.linalg.vector_norm(G / unit, dim=-1, keepdim=True)
     # The projections also round relative to the whole of G, which is all there is in the row of a dead unit.
-    floor = _ROUNDING * torch.finfo(G.dtype).eps * torch.linalg.matrix_norm(G)[..., None, None] / math.sqrt(m)
+    floor = EPSILONS * torch.finfo(G.dtype).eps * torch.linalg.matrix_norm(G)[..., None, None] / math.sqrt(m)
     return torch.where((length > noise) & (length * unit > floor), R / (length * math.sqrt(m)), 0.0)
 
 

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from mofasgd.apply import Rounding, apply_update
 from mofasgd.complement import complement_scale, normalized_complement
-from mofasgd.gradient import Gradient, sketch_all
+from mofasgd.gradient import Gradient, dense_tensors, sketch_all
 from mofasgd.kernels import usable
 from mofasgd.layout import MatrixShape, as_matrices
 from mofasgd.momentum import Factors, moving
 from mofasgd.options import Group, number
+from mofasgd.residual import residual_factors, row_scales
+from mofasgd.residual import square_norm as row_norm
 from mofasgd.rng import ROUNDING, key_of, keys_on
-from mofasgd.solver import ExactProblem, GramProblem, problem, solve_all
+from mofasgd.solver import ExactProblem, GramProblem, measure, problem, solve_all
 from mofasgd.stack import stacked
 
 
@@ -162,12 +164,16 @@ class Update:
         self.members, self.context = members, context
         self.group, self.shape, self.b = members[0].group, members[0].shape, members[0].shape.batch
         self.stored = Factors(*(self._matrices(key) for key in Factors._fields))
-        self.observe()
+        self.sketch()
 
-    def observe(self) -> None:
-        """Sketch the gradients; sets the attributes from `problem` on."""
+    def sketch(self) -> None:
+        """Sketch the gradients: set `problem`."""
         sketches = sketch_all([member.gradient for member in self.members], self.stored.U, self.stored.V, self.b)
         self.problem = problem(self.context.solver, self.stored, *sketches)
+
+    def observe(self) -> None:
+        """Set `finite`, `active` and `square_norms` by the sketches, once their problem has been measured."""
+        assert self.problem is not None
         self.judge(self.problem.finite, self.problem.nonzero, self.problem.square_norms)
 
     def judge(self, finite: Tensor, nonzero: Tensor, squares: Tensor) -> None:
@@ -175,9 +181,17 @@ class Update:
 
         A gradient whose squared norm is beyond float64 is not finite.
         """
-        self.finite = (finite & squares.isfinite()).view(-1, self.b).all(dim=1)
-        self.active = self.context.gated(self.finite.repeat_interleave(self.b) & nonzero)
+        self.finite = self._by_parameter(finite & squares.isfinite())
+        self.active = self.context.gated(self._by_matrix(self.finite) & nonzero)
         self.square_norms = torch.where(self.active, squares, 0.0)
+
+    def _by_parameter(self, flags: Tensor) -> Tensor:
+        """Return whether all matrices of a parameter have the flag (count,)."""
+        return flags if self.b == 1 else flags.view(-1, self.b).all(dim=1)
+
+    def _by_matrix(self, flags: Tensor) -> Tensor:
+        """Return flags of parameters as flags of their matrices (B,)."""
+        return flags if self.b == 1 else flags.repeat_interleave(self.b)
 
     @property
     def beta(self) -> float | Tensor:
@@ -192,7 +206,9 @@ class Update:
     def spaces(self) -> tuple[Tensor, Tensor]:
         """Return what the complement leaves out."""
         assert self.problem is not None
-        return self.problem.spaces([clean(m.dense(), self.active[part]) for part, m in self.parts()])
+        matrices = [matrix for member in self.members for matrix in member.dense().unbind(0)]
+        sizes = torch.stack(torch._foreach_norm(matrices, 2, dtype=torch.float64))
+        return self.problem.spaces(torch.where(self.active, sizes, 0.0))
 
     def after(self, solved: Factors | None, factor: Tensor | None) -> Factors:
         """Return the factors after the step from the solution of `problem`; `factor` scales the gradient."""
@@ -212,20 +228,20 @@ class Update:
     def take(self, after: Factors, factor: Tensor | None) -> None:
         """Advance momenta and weights; `factor` (0-dim) has scaled the gradient of the factors `after`."""
         # Finite sketches may still add up to a momentum beyond the largest number.
-        fits = after.s.isfinite().all(dim=-1) | ~self.active
-        self.finite = self.finite & fits.view(-1, self.b).all(dim=1)
-        active = self.active & self.finite.repeat_interleave(self.b)
+        fits = self._by_parameter(after.s.isfinite().all(dim=-1) | ~self.active)
+        self.finite = self.finite & fits
+        active = self.active & self._by_matrix(fits)
         before = None if self.context.displace is None else self.before()
-        if self.group["complement"]:
-            spaces = self.spaces()
-            for part, member in self.parts():
-                member.spaces = (spaces[0][part], spaces[1][part])
+        spaces = self.spaces() if self.group["complement"] else None
         self._store(after, active)
-        if before is None and not self.group["complement"] and self._has_kernel():
-            self._move_all(active)
+        gradients = [] if spaces is None else dense_tensors([m.gradient for m in self.members], self.stored.U.dtype)
+        if before is None and self._has_kernel() and (spaces is None or gradients):
+            self._move_all(active, spaces, gradients)
             return
         for part, member in self.parts():
             member.factor = factor
+            if spaces is not None:
+                member.spaces = (spaces[0][part], spaces[1][part])
             self._move(member, part, before, active[part])
 
     def _store(self, after: Factors, active: Tensor) -> None:
@@ -236,7 +252,7 @@ class Update:
         states = [member.state for member in self.members]
         stacked(states, "initialized").view(-1).logical_or_(active)
         self.steps = stacked(states, "step")
-        self.steps += active.view(-1, self.b).any(dim=1)
+        self.steps += active if self.b == 1 else active.view(-1, self.b).any(dim=1)
 
     def _has_kernel(self) -> bool:
         """Whether one kernel moves all weights: float32 or bfloat16 on CUDA, contiguous, factors in float32."""
@@ -253,24 +269,31 @@ class Update:
         none = isinstance(decay, (int, float)) and decay == 0
         return moves * (lr * scale), None if none else 1 - moves * (lr * decay)
 
-    def _move_all(self, active: Tensor) -> None:
-        """Take the step U V' of all members in one launch."""
+    def _move_all(self, active: Tensor, spaces: tuple[Tensor, Tensor] | None, gradients: list[Tensor | None]) -> None:
+        """Take the step of all members in one launch; with the complement of `gradients` outside `spaces`, if given."""
         from mofasgd.kernels.apply import apply_factored
+        from mofasgd.kernels.complement import apply_complement
 
         U, s, V = self.stored
         height = heights(self.group, s)
-        rates, keep = self._rates(active, lr_factor(self.group, self.shape, height.square().sum(dim=-1)))
+        square_norm = height.square().sum(dim=-1)
+        if spaces is not None:
+            transposed = self.group["transposed"]
+            c = complement_scale(self.group["complement"], self.shape.m, self.shape.n)
+            residual = residual_factors(gradients, *(space.contiguous() for space in spaces))
+            scales = row_scales(gradients, residual, transposed=transposed) * c
+            square_norm = square_norm + c * c * row_norm(scales)
+        rates, keep = self._rates(active, lr_factor(self.group, self.shape, square_norm))
+        keep = torch.ones_like(rates) if keep is None else keep
         keys = keys_on(tuple(key_of(self.context.seed, ROUNDING, m.index) for m in self.members), U.device)
-        apply_factored(
-            [member.param for member in self.members],
-            U,
-            V,
-            height * rates[:, None],
-            torch.ones_like(rates) if keep is None else keep,
-            keys,
-            self.steps,
-            stochastic=self.context.stochastic_rounding,
-        )
+        weights = [member.param for member in self.members]
+        left, how = U * (height * rates[:, None])[:, None, :], self.context.stochastic_rounding
+        if spaces is None:
+            apply_factored(weights, left, V, keep, keys, self.steps, stochastic=how)
+            return
+        scales = scales * rates[:, None]
+        step = (left, V, keep, keys, self.steps)
+        apply_complement(weights, gradients, residual, scales, *step, stochastic=how, transposed=transposed)
 
     def _move(self, member: Member, part: slice, before: Factors | None, active: Tensor) -> None:
         """Take the step of one member."""
@@ -287,6 +310,13 @@ class Update:
         if weight.data_ptr() != member.param.data_ptr():
             # The layout is no view of these strides (a channels-last convolution): the copy was updated.
             member.param.copy_(weight.view(member.param.shape))
+
+
+def observe_all(updates: Sequence[Update]) -> None:
+    """Decide which matrices of all updates move, and what they add to the norm."""
+    measure([update.problem for update in updates if update.problem is not None])
+    for update in updates:
+        update.observe()
 
 
 def take_all(updates: Sequence[Update], factor: Tensor | None) -> None:

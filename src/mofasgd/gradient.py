@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mofasgd.algebra import complete_frame, start
+from mofasgd.algebra import by_gram, complete_frame, start
 from mofasgd.kernels import usable
 from mofasgd.layout import MatrixShape, as_matrices
 from mofasgd.momentum import (
@@ -21,7 +21,7 @@ from mofasgd.momentum import (
     starts_from_gradient,
     truncated_svd,
 )
-from mofasgd.rng import START_LEFT, START_RIGHT, gaussian, key_of
+from mofasgd.rng import START_LEFT, START_RIGHT, gaussian, gaussians, key_of
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,31 @@ class FirstWindow:
         """Return what the start needs of G (p, m, n): (G,), or Y (p, m, l) and Z (p, n, k). Linear in G."""
         if self.dense:
             return (G.to(self.dtype),)
-        if usable(G.device) and G.dtype is torch.bfloat16:
-            return _products(G, self)
         return init_sketch(G, self.right(G.device), self.left(G.device))
 
 
-def _products(G: Tensor, first: FirstWindow) -> tuple[Tensor, Tensor]:
-    """Return `init_sketch` of a bfloat16 G without a copy of it: bfloat16 holds the test matrices exactly."""
-    l, k = first.widths
-    Omega = gaussian(first.shape.n, l, first.keys[0], G.device, G.dtype)
-    Psi = gaussian(first.shape.m, k, first.keys[1], G.device, G.dtype)
-    Y = torch.stack([torch.mm(g, Omega, out_dtype=first.dtype) for g in G])
-    return Y, torch.stack([torch.mm(g.mT, Psi, out_dtype=first.dtype) for g in G])
+def start_all(firsts: Sequence[FirstWindow], gradients: Sequence[Gradient], places: Tensor | None) -> list[Tensor]:
+    """Return what the start needs of parameters of one shape and rank, all parameters' one after another.
+
+    Args:
+        firsts, gradients: one a parameter.
+        places: numbers of the matrices that start (None: all), for a single parameter.
+    """
+    first, low = firsts[0], torch.bfloat16
+    tensors = dense_tensors(gradients, first.dtype)
+    if not tensors or tensors[0] is None or tensors[0].dtype is not low or first.dense or places is not None:
+        parts = [gradient.start(own, places) for gradient, own in zip(gradients, firsts, strict=True)]
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
+    from mofasgd.kernels.project import sketch_list
+
+    # bfloat16 holds the test matrices exactly.
+    device, (right, left) = tensors[0].device, first.widths
+    Omega = gaussians(first.shape.n, right, [f.keys[0] for f in firsts], device, low)
+    Psi = gaussians(first.shape.m, left, [f.keys[1] for f in firsts], device, low)
+    each = first.shape.batch
+    if each > 1:
+        Omega, Psi = Omega.repeat_interleave(each, dim=0), Psi.repeat_interleave(each, dim=0)
+    return list(sketch_list(tensors, Psi, Omega))
 
 
 def first_factors(solver: str, firsts: Sequence[FirstWindow], observed: list[Tensor]) -> Factors:
@@ -92,7 +105,7 @@ def first_factors(solver: str, firsts: Sequence[FirstWindow], observed: list[Ten
     if firsts[0].dense:
         return truncated_svd(observed[0], firsts[0].rank)
     each = len(observed[0]) // len(firsts)
-    if solver == "gram" or (solver == "auto" and usable(observed[0].device)):
+    if by_gram(solver, observed[0].dtype):
         return _first_by_gram(firsts, *observed)
     parts = zip(firsts, *(torch.split(t, each) for t in observed), strict=True)
     found = [init_factors(Y, Z, first.left(Y.device), first.rank) for first, Y, Z in parts]
@@ -101,16 +114,16 @@ def first_factors(solver: str, firsts: Sequence[FirstWindow], observed: list[Ten
 
 def _first_by_gram(firsts: Sequence[FirstWindow], Y: Tensor, Z: Tensor) -> Factors:
     """Return what `momentum.init_factors` does, by Gram matrices."""
-    each = len(Y) // len(firsts)
-    YY, ZZ, PY = [], [], []
-    for i, first in enumerate(firsts):
-        y, z = (t[i * each : (i + 1) * each].double() for t in (Y, Z))
-        YY.append(y.mT @ y), ZZ.append(z.mT @ z)
-        PY.append(first.left(Y.device).double().mT @ y)
-    left, s, right = start(torch.cat(YY), torch.cat(ZZ), torch.cat(PY), firsts[0].rank)
-    return Factors(
-        complete_frame(Y.double() @ left).to(Y.dtype), s.to(Y.dtype), complete_frame(Z.double() @ right).to(Y.dtype)
-    )
+    each, first = len(Y) // len(firsts), firsts[0]
+    Psi = gaussians(first.shape.m, first.widths[1], [f.keys[1] for f in firsts], Y.device, Y.dtype).double()
+    Psi = Psi if each == 1 else Psi.repeat_interleave(each, dim=0)
+    tall = Y.double()
+    YY, PY, ZZ = tall.mT @ tall, Psi.mT @ tall, Z.double()
+    ZZ = ZZ.mT @ ZZ
+    del tall, Psi
+    left, s, right = start(YY, ZZ, PY, first.rank)
+    U, V = complete_frame(Y.double() @ left), complete_frame(Z.double() @ right)
+    return Factors(U.to(Y.dtype), s.to(Y.dtype), V.to(Y.dtype))
 
 
 class Gradient(Protocol):
@@ -135,11 +148,11 @@ def sketch_all(gradients: Sequence[Gradient | None], U: Tensor, V: Tensor, batch
 
     Gradients are never stacked: products run per parameter, or in one kernel over the list of them.
     """
-    tensors = [gradient.tensor for gradient in gradients if isinstance(gradient, DenseGradient)]
-    if tensors and len(tensors) == sum(gradient is not None for gradient in gradients) and _have_kernel(tensors, U):
+    tensors = dense_tensors(gradients, U.dtype)
+    if tensors:
         from mofasgd.kernels.project import sketch_list
 
-        return sketch_list([g.tensor if isinstance(g, DenseGradient) else None for g in gradients], U, V)
+        return sketch_list(tensors, U, V)
     parts = []
     for i, gradient in enumerate(gradients):
         u, v = U[i * batch : (i + 1) * batch], V[i * batch : (i + 1) * batch]
@@ -148,11 +161,20 @@ def sketch_all(gradients: Sequence[Gradient | None], U: Tensor, V: Tensor, batch
     return GV, GtU
 
 
-def _have_kernel(tensors: Sequence[Tensor], U: Tensor) -> bool:
-    """Whether one kernel sketches `tensors`: of one dtype below float64, contiguous, on the GPU of U in float32."""
-    same = len({(t.dtype, t.device) for t in tensors} | {(tensors[0].dtype, U.device)}) == 1
-    plain = tensors[0].dtype is not torch.float64 and U.dtype is torch.float32
-    return same and plain and usable(U.device) and all(t.is_contiguous() for t in tensors)
+def dense_tensors(gradients: Sequence[Gradient | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """Return the gradients as tensors if kernels read them as they are, beside factors of `dtype`; else nothing.
+
+    They are of one dtype below float64, contiguous, on one GPU; a missing one stays None.
+    """
+    if any(gradient is not None and not isinstance(gradient, DenseGradient) for gradient in gradients):
+        return []
+    tensors = [gradient.tensor if isinstance(gradient, DenseGradient) else None for gradient in gradients]
+    some = [tensor for tensor in tensors if tensor is not None]
+    kinds = {(tensor.dtype, tensor.device) for tensor in some}
+    if len(kinds) != 1 or dtype is not torch.float32 or not all(tensor.is_contiguous() for tensor in some):
+        return []
+    ((own, device),) = kinds
+    return tensors if usable(device) and own is not torch.float64 else []
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from mofasgd.adamw import AdamWUpdate
+from mofasgd.adamw import AdamWMember, AdamWUpdate
+from mofasgd.algebra import SOLVERS
 from mofasgd.apply import Rounding
 from mofasgd.base import FactoredOptimizer
 from mofasgd.clipping import count_bad, measure
-from mofasgd.factored import Context, Displace, Member, Update, take_all
+from mofasgd.factored import Context, Displace, Member, Update, observe_all, take_all
 from mofasgd.gradient import DenseGradient, Gradient
 from mofasgd.options import Group, check_choice, check_flag, check_polar, check_whole, complete
-from mofasgd.solver import SOLVERS
 from mofasgd.start import Start
 from mofasgd.state import factored_shape, waiting
 
@@ -179,6 +179,7 @@ class MoFaSGD(FactoredOptimizer):
 
         self._check()
         updates = self._observe(gate)
+        observe_all([update for update in updates if isinstance(update, Update)])
         squares = self._taken.squares + [update.square_norms.sum() for update in updates]
         self._norm, factor = measure(squares, self.max_grad_norm, grad_scale)
         take_all([update for update in updates if isinstance(update, Update)], factor)
@@ -196,16 +197,17 @@ class MoFaSGD(FactoredOptimizer):
     def _observe(self, gate: Tensor | None) -> list[Update | AdamWUpdate]:
         """Return the observed parameters with a gradient, the factored ones in batches."""
         context = self._context(gate)
-        updates: list[Update | AdamWUpdate] = []
         starting: dict[tuple[Any, ...], tuple[list[Member], list[int]]] = {}
         buckets: dict[tuple[Any, ...], list[Member]] = {}
+        unfactored: dict[tuple[Any, ...], list[AdamWMember]] = {}
         assert self._pending is not None
         for index, param, group in self._parameters():
             if group["algorithm"] == "adamw":
                 if param.grad is not None:
                     state = self.state[param]
                     rounding = Rounding.of(self.stochastic_rounding, self.seed, index, state["step"])
-                    updates.append(AdamWUpdate(param, group, state, rounding, gate))
+                    plain = AdamWMember(param, param.grad, group, state, rounding)
+                    unfactored.setdefault((id(group), param.device), []).append(plain)
                 continue
             if not self.state[param]:
                 continue
@@ -218,6 +220,7 @@ class MoFaSGD(FactoredOptimizer):
                 # Stacks that have started in part go alone.
                 alone = index if len(pending) < member.shape.batch else None
                 starting.setdefault((*key, alone), ([], pending))[0].append(member)
+        updates: list[Update | AdamWUpdate] = [AdamWUpdate(plain, gate) for plain in unfactored.values()]
         for members, pending in starting.values():
             some = Start.most(members[0])
             updates += [Start(members[i : i + some], pending, context) for i in range(0, len(members), some)]
@@ -265,6 +268,7 @@ class MoFaSGD(FactoredOptimizer):
         context = self._context(None)
         member = self._member(index, param, group)
         update = Start([member], pending, context) if pending else Update([member], context)
+        observe_all([update])
         take_all([update], None)
         self._taken.squares.append(update.square_norms.sum())
         self._taken.finite.append(update.finite)

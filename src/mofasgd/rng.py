@@ -111,7 +111,7 @@ def gaussian(rows: int, columns: int, key: int | Tensor, device: torch.device, d
     if usable(device) and result.numel() < 1 << 31:
         from mofasgd.kernels.gaussian import fill_gaussian
 
-        fill_gaussian(result, keys_on((key,), device)[0] if isinstance(key, int) else key)
+        fill_gaussian(result[None], keys_on((key,), device) if isinstance(key, int) else key[None])
         return result
     tile = max(1, _TILE // columns)
     for row in range(0, rows, tile):
@@ -124,4 +124,15 @@ def gaussian(rows: int, columns: int, key: int | Tensor, device: torch.device, d
         # CPU.
         value = (total - 8 * 255 // 2).to(torch.float32) * (1 / math.sqrt(8 * (256**2 - 1) / 12))
         part.copy_(value.to(torch.bfloat16))
+    return result
+
+
+def gaussians(rows: int, columns: int, keys: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return `gaussian` matrices of several keys (len(keys), rows, columns)."""
+    if not usable(device) or rows * columns >= 1 << 31:
+        return torch.stack([gaussian(rows, columns, key, device, dtype) for key in keys])
+    from mofasgd.kernels.gaussian import fill_gaussian
+
+    result = torch.empty(len(keys), rows, columns, dtype=dtype, device=device)
+    fill_gaussian(result, keys_on(tuple(keys), device))
     return result

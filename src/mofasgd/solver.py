@@ -11,12 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mofasgd.algebra import Small, Weights, combine, gram, seen, solve
+from mofasgd.algebra import Small, Weights, by_gram, combine, gram, seen, solve
 from mofasgd.complement import seen_spaces
-from mofasgd.kernels import usable
 from mofasgd.momentum import Factors, real_columns, real_factors, tangent_square_norm, update_factors
-
-SOLVERS = ("auto", "svd", "gram")
 
 
 class Problem(Protocol):
@@ -36,8 +33,8 @@ class Problem(Protocol):
     def before(self) -> Factors:
         """Real columns of the stored factors."""
 
-    def spaces(self, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return what the complement leaves out (`complement.seen_spaces`); `gradients` (b, m, n) are finite."""
+    def spaces(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the complement leaves out (`complement.seen_spaces`); `sizes` (B,) are |G|_F in float64."""
 
 
 class ExactProblem:
@@ -54,9 +51,9 @@ class ExactProblem:
         self.nonzero = (self.GV != 0).any(-1).any(-1) | (self.GtU != 0).any(-1).any(-1)
         self.square_norms = tangent_square_norm(self.before.U, self.GV, self.GtU)
 
-    def spaces(self, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def spaces(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """See `Problem`."""
-        return seen_spaces(self.before.U, self.before.V, self.GV, self.GtU, _sizes(gradients))
+        return seen_spaces(self.before.U, self.before.V, self.GV, self.GtU, sizes)
 
     def solve(self, beta: float | Tensor, factor: Tensor | None, active: Tensor) -> Factors:
         """Return the factors after the step where `active` (B,); anything elsewhere."""
@@ -68,33 +65,25 @@ class ExactProblem:
 
 
 class GramProblem:
-    """Gram matrices of the tall matrices, and small algebra that all problems of equal rank share."""
+    """Gram matrices of the tall matrices, and small algebra that all problems of equal rank share (`measure`)."""
+
+    small: Small
+    finite: Tensor
+    nonzero: Tensor
+    square_norms: Tensor
 
     def __init__(self, stored: Factors, GV: Tensor, GtU: Tensor) -> None:
         self.stored, self.GV, self.GtU = stored, GV, GtU
-        left, right = gram(stored.U, GV), gram(stored.V, GtU)
-        # Sums of squares in float64 are finite exactly if their float32 terms are.
-        self.finite = left.isfinite().all(-1).all(-1) & right.isfinite().all(-1).all(-1)
-        mask = self.finite[:, None, None]
-        self.small = Small(torch.where(mask, left, 0.0), torch.where(mask, right, 0.0), stored.s)
-        r = stored.s.shape[-1]
-        kept = real_columns(stored.s).double()
-        squares = sum(
-            (g.diagonal(dim1=-2, dim2=-1)[:, r:] * kept).sum(dim=-1) for g in (self.small.left, self.small.right)
-        )
-        assert isinstance(squares, Tensor)
-        self.nonzero = squares > 0
-        C = self.small.left[:, :r, r:] * kept[:, :, None] * kept[:, None, :]
-        self.square_norms = (squares - C.square().sum(dim=(-2, -1))).clamp(min=0)
+        self.grams = gram(stored.U, GV), gram(stored.V, GtU)
 
     @property
     def before(self) -> Factors:
         """See `Problem`."""
         return real_factors(*self.stored)
 
-    def spaces(self, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def spaces(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """See `Problem`."""
-        left, right = seen(self.small, _sizes(gradients))
+        left, right = seen(self.small, sizes)
         U, _, V = self.before
         every = torch.ones_like(self.finite)
         Q = torch.cat([U, combine(self.stored.U, self.GV, left, every)], dim=-1)
@@ -110,17 +99,46 @@ class GramProblem:
         )
 
 
-def _sizes(gradients: Sequence[Tensor]) -> Tensor:
-    """Return |G|_F of each matrix in float64."""
-    return torch.cat([torch.linalg.vector_norm(G, dim=(-2, -1), dtype=torch.float64) for G in gradients])
-
-
 def problem(solver: str, stored: Factors, GV: Tensor, GtU: Tensor) -> ExactProblem | GramProblem:
     """Return the problem of one batch; `solver` is a name of `SOLVERS`."""
-    fast = usable(stored.U.device) and stored.U.dtype is torch.float32
-    if solver == "gram" or (solver == "auto" and fast):
+    if by_gram(solver, stored.U.dtype):
         return GramProblem(stored, GV, GtU)
     return ExactProblem(stored, GV, GtU)
+
+
+def measure(problems: Sequence[ExactProblem | GramProblem]) -> None:
+    """Set what the problems by Gram matrices say of their sketches; those of equal rank in one batch."""
+    for members in _alike([problem for problem in problems if isinstance(problem, GramProblem)]):
+        left, right, s = (
+            torch.cat(parts) for parts in zip(*((*member.grams, member.stored.s) for member in members), strict=True)
+        )
+        r = s.shape[-1]
+        # Sums of squares in float64 are finite exactly if their float32 terms are.
+        finite = left.isfinite().all(-1).all(-1) & right.isfinite().all(-1).all(-1)
+        mask = finite[:, None, None]
+        left, right = torch.where(mask, left, 0.0), torch.where(mask, right, 0.0)
+        real = real_columns(s).double()
+        squares = ((left.diagonal(dim1=-2, dim2=-1) + right.diagonal(dim1=-2, dim2=-1))[:, r:] * real).sum(dim=-1)
+        C = left[:, :r, r:] * real[:, :, None] * real[:, None, :]
+        norms = (squares - C.square().sum(dim=(-2, -1))).clamp(min=0)
+        counts = [len(member.stored.s) for member in members]
+        parts = (_split(t, counts) for t in (left, right, s, finite, squares > 0, norms))
+        for member, part in zip(members, zip(*parts, strict=True), strict=True):
+            member.small = Small(*part[:3])
+            member.finite, member.nonzero, member.square_norms = part[3:]
+
+
+def _split(tensor: Tensor, counts: list[int]) -> tuple[Tensor, ...]:
+    parts: tuple[Tensor, ...] = torch.split_with_sizes(tensor, counts)
+    return parts
+
+
+def _alike(problems: Sequence[GramProblem]) -> list[list[GramProblem]]:
+    """Return the problems grouped by rank and device."""
+    groups: dict[tuple[int, torch.device], list[GramProblem]] = {}
+    for member in problems:
+        groups.setdefault((member.stored.s.shape[-1], member.stored.s.device), []).append(member)
+    return list(groups.values())
 
 
 Batch = tuple["ExactProblem | GramProblem", "float | Tensor", Tensor]
@@ -143,7 +161,7 @@ def solve_all(batches: Sequence[Batch], factor: Tensor | None) -> Iterator[Facto
         joined = Small(*(torch.cat(parts) for parts in zip(*smalls, strict=True)))
         counts = [len(small.s) for small in smalls]
         solved = solve(joined, batches[members[0]][1], factor)
-        parts = [part.split_with_sizes(counts) for part in solved]
+        parts = [_split(part, counts) for part in solved]
         found |= {i: Weights(*part) for i, part in zip(members, zip(*parts, strict=True), strict=True)}
     for i, (batch, beta, active) in enumerate(batches):
         if isinstance(batch, GramProblem):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mofasgd.complement import seen_spaces
 from mofasgd.factored import Context, Member, Update, clean
-from mofasgd.gradient import FirstWindow, first_factors
+from mofasgd.gradient import FirstWindow, first_factors, start_all
 from mofasgd.kernels import usable
 from mofasgd.momentum import Factors, init_widths, power_of_two, real_factors, sketch
 
@@ -32,26 +32,21 @@ class Start(Update):
         """Return how many parameters like `member` may start together: sketches of many are held at once."""
         if not usable(member.param.device):
             return 1
-        (l, k), shape = init_widths(member.state["s"].shape[-1]), member.shape
-        return max(1, _TOGETHER // (shape.batch * (shape.m * l + shape.n * k)))
+        (right, left), shape = init_widths(member.state["s"].shape[-1]), member.shape
+        return max(1, _TOGETHER // (shape.batch * (shape.m * right + shape.n * left)))
 
-    def observe(self) -> None:
-        """Sketch the gradients by the test matrices; sets the attributes from `problem` on."""
-        if self.every:
-            self.problem = None
-        else:
+    def sketch(self) -> None:
+        """Sketch the gradients by the test matrices."""
+        self.problem = None
+        if not self.every:
             # Pending matrices have zero factors, hence zero sketches and no part in this.
-            super().observe()
+            super().sketch()
             assert self.places is not None
             self.pending = self.places
         rank, dtype = self.stored.s.shape[-1], self.stored.U.dtype
         firsts = [FirstWindow(self.context.seed, m.index, self.shape, rank, dtype) for m in self.members]
-        observed: list[tuple[Tensor, ...]] = []
-        for member, first in zip(self.members, firsts, strict=True):
-            assert member.gradient is not None
-            observed.append(member.gradient.start(first, self.places))
-        joined = [torch.cat(parts) for parts in zip(*observed, strict=True)]
-        del observed
+        gradients = [member.gradient for member in self.members if member.gradient is not None]
+        joined = start_all(firsts, gradients, self.places)
         finite = torch.stack([t.isfinite().all(-1).all(-1) for t in joined]).all(dim=0)
         nonzero = torch.stack([(t != 0).any(-1).any(-1) for t in joined]).any(dim=0)
         # M_1 is found at a power of two of its size, which may be out of range until the gradient is clipped.
@@ -59,10 +54,15 @@ class Start(Update):
         scale = power_of_two(*joined)
         self.first = first_factors(self.context.solver, firsts, [t / scale for t in joined])
         self.s = self.first.s.double() * scale[..., 0]
-        squares = self.s.square().sum(dim=-1)
+        self.found = finite, nonzero, self.s.square().sum(dim=-1)
+
+    def observe(self) -> None:
+        """Set `finite`, `active` and `square_norms` by the sketches."""
+        finite, nonzero, squares = self.found
         if self.every:
             self.judge(finite, nonzero, squares)
             return
+        super().observe()
         # The parameter's finiteness is that of both its parts.
         all_finite = self.finite.repeat_interleave(self.b).index_copy(0, self.pending, finite)
         self.judge(

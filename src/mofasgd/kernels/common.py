@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+from mofasgd.kernels import interpreted
+
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def operand(dtype: torch.dtype) -> tl.dtype:
+    """Return the type in which matrices of `dtype` are multiplied."""
+    # The interpreter multiplies the bits of bfloat16; in float32 the products are the same.
+    return tl.float32 if interpreted() else TYPES[dtype]
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Return how matrices of `dtype` are multiplied."""
+    # Three products of TF32 parts are as good as one in float32, and a tensor core makes them.
+    return "tf32x3" if dtype is torch.float32 else "tf32"
 
 
 @triton.jit
@@ -39,3 +56,23 @@ def stochastic_bfloat16(value, halves):
     rounded = ((bits + halves) & 0xFFFF0000).to(tl.float32, bitcast=True)
     # An infinity stays what it is, all its lower bits being 0; adding to a NaN might make a number of it.
     return tl.where(value == value, rounded, value).to(tl.bfloat16)
+
+
+@triton.jit
+def tile_halves(key, step, before, rows, first, n, N: tl.constexpr, EVEN: tl.constexpr):
+    """Return 16-bit random numbers for `rows` by the columns first .. first + N - 1 of a matrix with n columns.
+
+    `before` (int64) elements of the parameter lie before the matrix. EVEN: n is. Equals `rng.random_halves`.
+    """
+    if EVEN:
+        # Neighbours share a word, and a word takes longer than the rest of the element.
+        pairs = first // 2 + tl.arange(0, N // 2)
+        number = (before // 2).to(tl.int32) + rows[:, None] * (n // 2) + pairs[None, :]
+        words = random_words(key, step, number)
+        halves = tl.interleave(words & 0xFFFF, words >> 16)
+    else:
+        columns = first + tl.arange(0, N)
+        element = before + rows[:, None].to(tl.int64) * n + columns[None, :]
+        words = random_words(key, step, (element >> 1).to(tl.int32))
+        halves = tl.where((element & 1) == 0, words & 0xFFFF, words >> 16)
+    return halves

@@ -22,19 +22,23 @@ def _bytes(word):
 
 
 @triton.jit
-def _gaussian(result, key, step, count, BLOCK: tl.constexpr):
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    number = (2 * element).to(tl.int32)
-    total = _bytes(random_words(key, tl.load(step), number)) + _bytes(random_words(key, tl.load(step), number + 1))
+def _gaussian(result, keys, count, BLOCK: tl.constexpr):
+    """BLOCK elements of matrix program_id(1), of `count` elements each."""
+    matrix = tl.program_id(1).to(tl.int64)
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    step = (matrix * 0).to(tl.int32)
+    total = _bytes(random_words(keys + 2 * matrix, step, 2 * element))
+    total += _bytes(random_words(keys + 2 * matrix, step, 2 * element + 1))
     value = (total.to(tl.int32) - 8 * 255 // 2).to(tl.float32) * _DEVIATION
     # To the nearest bfloat16, half way to the even one.
     bits = value.to(tl.uint32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     value = bits.to(tl.float32, bitcast=True)
-    tl.store(result + element, value.to(result.dtype.element_ty), mask=element < count)
+    tl.store(result + matrix * count + element, value.to(result.dtype.element_ty), mask=element < count)
 
 
-def fill_gaussian(result: Tensor, key: Tensor) -> None:
-    """Fill a contiguous matrix of fewer than 2^31 elements; `key` is a row of `rng.key_tensor`."""
-    step = torch.zeros((), dtype=torch.int32, device=result.device)
-    _gaussian[(triton.cdiv(result.numel(), 1024),)](result, key, step, result.numel(), BLOCK=1024)
+def fill_gaussian(result: Tensor, keys: Tensor) -> None:
+    """Fill contiguous matrices (p, rows, columns) of fewer than 2^31 elements each by keys (p, 2), `rng.key_tensor`."""
+    count = result[0].numel()
+    with torch.cuda.device_of(result):
+        _gaussian[(triton.cdiv(count, 1024), len(result))](result, keys, count, BLOCK=1024)

@@ -71,8 +71,9 @@ def gram(U: Tensor, S: Tensor, T: int = 64, M: int = 32, warps: int = 4) -> Tens
     chunk = triton.cdiv(triton.cdiv(m, chunks), M) * M
     chunks = triton.cdiv(m, chunk)
     parts = U.new_empty(batch, chunks, 2 * rank, 2 * rank, dtype=torch.float64)
-    _gram[(tiles, chunks, batch)](U, S, parts, m, rank, chunk, T=T, M=M, num_warps=warps)
-    return parts.sum(dim=1)
+    with torch.cuda.device_of(U):
+        _gram[(tiles, chunks, batch)](U, S, parts, m, rank, chunk, T=T, M=M, num_warps=warps)
+    return parts.sum(dim=1) if chunks > 1 else parts[:, 0]
 
 
 def combine(U: Tensor, S: Tensor, weights: Tensor, active: Tensor, M: int = 64, K: int = 32, warps: int = 4) -> Tensor:
@@ -82,5 +83,6 @@ def combine(U: Tensor, S: Tensor, weights: Tensor, active: Tensor, M: int = 64, 
     N = min(64, max(16, triton.next_power_of_2(rank)))
     K = min(K, max(16, triton.next_power_of_2(2 * rank)))
     grid = (triton.cdiv(m, M), triton.cdiv(rank, N), batch)
-    _combine[grid](U, S, weights.contiguous(), result, active, m, rank, M=M, N=N, K=K, num_warps=warps)
+    with torch.cuda.device_of(U):
+        _combine[grid](U, S, weights.contiguous(), result, active, m, rank, M=M, N=N, K=K, num_warps=warps)
     return result

@@ -59,7 +59,8 @@ def orthogonal_rows(A: Tensor) -> Tensor:
     A = A.contiguous().clone()
     HALF, C = triton.next_power_of_2(A.shape[1] // 2), triton.next_power_of_2(columns)
     warps = min(16, max(1, HALF * C // 512))
-    _jacobi[(batch,)](
-        A, A.shape[1], columns, HALF=HALF, C=C, SWEEPS=SWEEPS, TOLERANCE=TOLERANCE, num_warps=warps
-    )  # fmt: skip
+    with torch.cuda.device_of(A):
+        _jacobi[(batch,)](
+            A, A.shape[1], columns, HALF=HALF, C=C, SWEEPS=SWEEPS, TOLERANCE=TOLERANCE, num_warps=warps
+        )  # fmt: skip
     return A

@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mofasgd.kernels import interpreted, pointers
-from mofasgd.kernels.common import matrix_at
+from mofasgd.kernels import pointers
+from mofasgd.kernels.common import TYPES, matrix_at, operand, precision
 
 
 @triton.jit
 def _product(
-    matrices, operand, result, m, n, rank, along, across,
+    matrices, factor, result, m, n, rank, along, across,
     M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +39,7 @@ def _product(
             other=0.0,
         ).to(DOT)
         B = tl.load(
-            operand + batch * n * rank + columns[:, None] * rank + k[None, :],
+            factor + batch * n * rank + columns[:, None] * rank + k[None, :],
             mask=column[:, None] & (k < rank)[None, :],
             other=0.0,
         ).to(DOT)
@@ -48,42 +48,39 @@ def _product(
     tl.store(at, total, mask=row[:, None] & (k < rank)[None, :])
 
 
-_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-
-
-def _operand(dtype: torch.dtype) -> tl.dtype:
-    # The interpreter multiplies the bits of bfloat16; in float32 the products are the same.
-    return tl.float32 if interpreted() else _TYPES[dtype]
-
-
-def _precision(dtype: torch.dtype) -> str:
-    # Three products of TF32 parts are as good as one in float32, and a tensor core makes them.
-    return "tf32x3" if dtype is torch.float32 else "tf32"
+WIDEST = 256
+"""Columns of a factor that one program multiplies by."""
 
 
 def sketch_list(gradients: Sequence[Tensor | None], left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (G V, G' U), (B, m, r) and (B, n, r) float32, of a list of gradients.
+    """Return (G V, G' U), (B, m, r) and (B, n, q) float32, of a list of gradients.
 
     Args:
         gradients: contiguous, of one shape and dtype, b matrices (m, n) each; None counts as zeros.
-        left, right: U (B, m, r) and V (B, n, r), float32, contiguous; B = len(gradients) * b.
+        left, right: U (B, m, q) and V (B, n, r), contiguous; B = len(gradients) * b.
     """
-    batch, m, rank = left.shape
+    batch, m, _ = left.shape
     n = right.shape[1]
     some = next(g for g in gradients if g is not None)
-    slices = batch // len(gradients)
-    table, aligned = pointers(gradients, slices, m * n * some.element_size(), left.device)
-    GV, GtU = left.new_empty(batch, m, rank), left.new_empty(batch, n, rank)
-    dtype = some.dtype
+    table = pointers(gradients, batch // len(gradients), m * n * some.element_size(), left.device)
+    GV = _multiply(table, right.to(some.dtype), (m, n), (n, 1))
+    return GV, _multiply(table, left.to(some.dtype), (n, m), (1, n))
+
+
+def _multiply(table: tuple[Tensor, bool], factor: Tensor, shape: tuple[int, int], strides: tuple[int, int]) -> Tensor:
+    """Return A B (B, m, r) of matrices A (m, n) with `strides` and a factor B (B, n, r) of their dtype."""
+    matrices, aligned = table
+    dtype, batch, (m, n), rank = factor.dtype, len(factor), shape, factor.shape[-1]
+    if rank > WIDEST:
+        return torch.cat([_multiply(table, part.contiguous(), shape, strides) for part in factor.split(WIDEST, -1)], -1)
     R = max(16, triton.next_power_of_2(rank))
-    M, N, warps, stages = (64, 128, 4, 4) if R <= 64 else (128, 64, 8, 3)
-    for result, operand, size, other, along, across in (
-        (GV, right.to(dtype), m, n, n, 1),
-        (GtU, left.to(dtype), n, m, 1, n),
-    ):
-        _product[(triton.cdiv(size, M), batch)](
-            table, operand, result, size, other, rank, along, across,
-            M=M, N=N, R=R, DTYPE=_TYPES[dtype], DOT=_operand(dtype), PRECISION=_precision(dtype), ALIGNED=aligned,
+    narrow = R <= 64 and dtype is not torch.float32
+    M, N, warps, stages = (64, 128, 4, 4) if narrow else (64, 64, 4, 2) if dtype is torch.float32 else (128, 64, 8, 3)
+    result = torch.empty(batch, m, rank, dtype=torch.float32, device=factor.device)
+    with torch.cuda.device_of(factor):
+        _product[(triton.cdiv(m, M), batch)](
+            matrices, factor, result, m, n, rank, *strides,
+            M=M, N=N, R=R, DTYPE=TYPES[dtype], DOT=operand(dtype), PRECISION=precision(dtype), ALIGNED=aligned,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    return GV, GtU
+    return result

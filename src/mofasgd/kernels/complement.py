@@ -1,0 +1,268 @@
+"""Two passes over a list of same-shaped gradients for the complement; torch's part is in `mofasgd.residual`.
+
+`row_squares` and `apply_complement` see the residual R = G - A B' only tile by tile. The second equals
+`mofasgd.apply.apply_update` with `extra` = diag(scales) R, up to the rounding of the products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mofasgd.kernels import pointers
+from mofasgd.kernels.common import TYPES, matrix_at, operand, precision, stochastic_bfloat16, tile_halves
+
+
+class Tiles(NamedTuple):
+    """How a kernel is cut: rows M, columns N, factors' columns R at a time; columns of a program; warps, stages."""
+
+    M: int
+    N: int
+    R: int
+    chunk: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def _first(left, rows, m, inner: tl.constexpr, R: tl.constexpr):
+    """Return the first R columns of these rows of A; a loop that stores does not hoist what it loads itself."""
+    k = tl.arange(0, R)
+    return tl.load(
+        left + rows[:, None] * inner + k[None, :], mask=(rows < m)[:, None] & (k < inner)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def _residual(
+    tile, mask, inverse, first, left, right, rows, columns, m, n, product, inner: tl.constexpr, R: tl.constexpr,
+    SCALE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return (G, R) in the residual's unit, a tile each; `first` is of `_first`, `product` a tile of zeros."""
+    row, column = (rows < m)[:, None], (columns < n)[None, :]
+    if inner <= R:
+        # No loop here lets one around it overlap loads with products.
+        k = tl.arange(0, R)
+        B = tl.load(right + columns[None, :] * inner + k[:, None], mask=column & (k < inner)[:, None], other=0.0)
+        product = tl.dot(first, B, product, input_precision=PRECISION)
+    else:
+        for start in range(0, inner, R):
+            k = start + tl.arange(0, R)
+            A = tl.load(left + rows[:, None] * inner + k[None, :], mask=row & (k < inner)[None, :], other=0.0)
+            B = tl.load(right + columns[None, :] * inner + k[:, None], mask=column & (k < inner)[:, None], other=0.0)
+            product = tl.dot(A, B, product, input_precision=PRECISION)
+    tile = tl.where(mask, tile.to(tl.float32) * inverse, 0.0)
+    return tile, tile - product * SCALE
+
+
+@triton.jit
+def _squares(
+    gradients, left, right, inverse, squares, m, n, along, across, inner: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, GRADIENT: tl.constexpr,
+    ALIGNED: tl.constexpr, WIDE: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Squared lengths of M rows of R and of G in CHUNK columns; G (m, n) has strides (along, across)."""
+    batch, part = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    rows = tl.program_id(0) * M + tl.arange(0, M)
+    G = matrix_at(gradients + batch, GRADIENT, ALIGNED)
+    exists = tl.load(gradients + batch) != 0
+    scale = tl.load(inverse + batch)
+    left += batch * m * inner
+    right += batch * n * inner
+    A = _first(left, rows, m, inner, R)
+
+    of_R, of_G = tl.zeros((M,), dtype=tl.float32), tl.zeros((M,), dtype=tl.float32)
+    for start in tl.range(0, CHUNK, N, num_stages=STAGES):
+        columns = part * CHUNK + start + tl.arange(0, N)
+        if WIDE:
+            inside = rows.to(tl.int64)[:, None] * along + columns.to(tl.int64)[None, :] * across
+        else:
+            inside = rows[:, None] * along + columns[None, :] * across
+        mask = (rows < m)[:, None] & ((columns < n) & exists)[None, :]
+        # Read before the products, so that they hide its latency.
+        tile = tl.load(G + inside, mask=mask, other=0.0)
+        whole, rest = _residual(
+            tile, mask, scale, A, left, right, rows, columns, m, n, tl.zeros((M, N), dtype=tl.float32),
+            inner, R, SCALE, PRECISION,
+        )  # fmt: skip
+        of_R += tl.sum(rest * rest, axis=1)
+        of_G += tl.sum(whole * whole, axis=1)
+    result = squares + (batch * tl.num_programs(1) + part) * 2 * m + rows
+    tl.store(result, of_R, mask=rows < m)
+    tl.store(result + m, of_G, mask=rows < m)
+
+
+def _block(inner: int, most: int) -> int:
+    power: int = triton.next_power_of_2(inner)
+    return min(most, max(16, power))
+
+
+def row_squares(
+    gradients: Sequence[Tensor | None],
+    left: Tensor,
+    right: Tensor,
+    inverse: Tensor,
+    scale: float,
+    *,
+    transposed: bool,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return squared lengths (B, m) of the rows of R and of G, both times `inverse`; of the columns if `transposed`.
+
+    Args:
+        gradients: contiguous, of one shape and dtype (float32 or bfloat16), b matrices (m, n) each; None counts as
+            zeros.
+        left, right, inverse, scale: a `residual.Residual`.
+        transposed: columns take the place of rows; results are (B, n).
+        tiles: for measurements.
+    """
+    batch, m, inner = left.shape
+    n = right.shape[1]
+    some = next(g for g in gradients if g is not None)
+    table, aligned = pointers(gradients, batch // len(gradients), m * n * some.element_size(), left.device)
+    along, across = n, 1
+    if transposed:
+        left, right, m, n, along, across = right, left, n, m, across, along
+    if left.dtype is torch.float16:
+        # All columns of the factors at once, where shared memory has room for them.
+        t = tiles or (Tiles(64, 64, 128, 2048, 4, 3) if inner <= 128 else Tiles(64, 64, 256, 2048, 4, 2))
+    else:
+        t = tiles or Tiles(64, 64, 32, 2048, 4, 2)
+    parts = triton.cdiv(n, t.chunk)
+    squares = left.new_empty(batch, parts, 2, m, dtype=torch.float32)
+    with torch.cuda.device_of(left):
+        _squares[(triton.cdiv(m, t.M), parts, batch)](
+            table, left, right, inverse, squares, m, n, along, across, inner,
+            M=t.M, N=t.N, R=_block(inner, t.R), CHUNK=t.chunk, GRADIENT=TYPES[some.dtype], ALIGNED=aligned,
+            WIDE=m * n >= 2**31, SCALE=scale, PRECISION=precision(left.dtype), STAGES=t.stages, num_warps=t.warps,
+        )  # fmt: skip
+    of_R, of_G = squares.sum(dim=1).unbind(dim=1)
+    return of_R, of_G
+
+
+@triton.jit
+def _apply(
+    weights, gradients, residual_left, residual_right, inverse, scales, left, right, keep, keys, steps,
+    m, n, slices, inner: tl.constexpr, rank: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, F: tl.constexpr,
+    CHUNK: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STOCHASTIC: tl.constexpr,
+    TRANSPOSED: tl.constexpr, WEIGHT_ALIGNED: tl.constexpr, GRADIENT_ALIGNED: tl.constexpr, EVEN: tl.constexpr,
+    WIDE: tl.constexpr, SCALE: tl.constexpr, RESIDUAL_PRECISION: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """M rows by CHUNK columns of matrix `batch`, N at a time; R columns of the residual's factors, F of the others."""
+    batch = tl.program_id(1).to(tl.int64)
+    strips = tl.cdiv(n, CHUNK)
+    rows = (tl.program_id(0) // strips) * M + tl.arange(0, M)
+    begin = (tl.program_id(0) % strips) * CHUNK
+    row = rows < m
+    W = matrix_at(weights + batch, WEIGHT, WEIGHT_ALIGNED)
+    G = matrix_at(gradients + batch, GRADIENT, GRADIENT_ALIGNED)
+    exists = tl.load(gradients + batch) != 0
+    factor, kept = tl.load(inverse + batch), tl.load(keep + batch)
+    param, before = batch // slices, (batch % slices) * m * n
+    step = tl.load(steps + param)
+    residual_left += batch * m * inner
+    residual_right += batch * n * inner
+    A = _first(residual_left, rows, m, inner, R)
+
+    # The loop lets the next tile be read while this one is multiplied.
+    for first in tl.range(begin, tl.minimum(begin + CHUNK, n), N, num_stages=STAGES):
+        columns = first + tl.arange(0, N)
+        column = columns < n
+        inside = (rows.to(tl.int64) if WIDE else rows)[:, None] * n + columns[None, :]
+        mask = row[:, None] & column[None, :]
+        tile = tl.load(G + inside, mask=mask & exists, other=0.0)
+        value = tl.load(W + inside, mask=mask, other=0.0).to(tl.float32)
+
+        _, rest = _residual(
+            tile, mask & exists, factor, A, residual_left, residual_right, rows, columns, m, n,
+            tl.zeros((M, N), dtype=tl.float32), inner, R, SCALE, RESIDUAL_PRECISION,
+        )  # fmt: skip
+        if TRANSPOSED:
+            scale = tl.load(scales + batch * n + columns, mask=column, other=0.0)[None, :]
+        else:
+            scale = tl.load(scales + batch * m + rows, mask=row, other=0.0)[:, None]
+        # What does not move may be infinite or NaN.
+        update = tl.where(scale != 0, rest * scale, 0.0)
+
+        for start in tl.static_range(0, rank, F):
+            k = start + tl.arange(0, F)
+            L = tl.load(
+                left + batch * m * rank + rows[:, None] * rank + k[None, :],
+                mask=row[:, None] & (k < rank)[None, :],
+                other=0.0,
+            )
+            T = tl.load(
+                right + batch * n * rank + columns[None, :] * rank + k[:, None],
+                mask=column[None, :] & (k < rank)[:, None],
+                other=0.0,
+            )
+            update = tl.dot(L.to(DOT), T.to(DOT), update, input_precision=PRECISION)
+
+        value = value * kept - update
+        if STOCHASTIC:
+            halves = tile_halves(keys + 2 * param, step, before, rows, first, n, N, EVEN)
+            tl.store(W + inside, stochastic_bfloat16(value, halves), mask=mask)
+        else:
+            tl.store(W + inside, value.to(WEIGHT), mask=mask)
+
+
+def apply_complement(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    residual: tuple[Tensor, Tensor, Tensor, float],
+    scales: Tensor,
+    left: Tensor,
+    right: Tensor,
+    keep: Tensor,
+    keys: Tensor,
+    steps: Tensor,
+    *,
+    stochastic: bool,
+    transposed: bool = False,
+    tiles: Tiles | None = None,
+) -> None:
+    """Set W <- keep W - (left right' + diag(scales) R) for every matrix, in place, in one launch.
+
+    Args:
+        weights: contiguous parameters of one shape and dtype (float32 or bfloat16), b matrices (m, n) each.
+        gradients: as in `row_squares`.
+        residual: a `residual.Residual` of these gradients.
+        scales: (B, m), of the rows of R * inverse: rate * c sqrt(min(m, n)) * `residual.row_scales`, 0 for a matrix
+            that does not move, whose gradient may then be anything.
+        left, right: (B, m, r), (B, n, r), float32; B = len(weights) * b.
+        keep: (B,), float32, what decay leaves.
+        keys: (len(weights), 2) int32, rows of `rng.key_tensor`.
+        steps: (len(weights),), number of the step.
+        stochastic: round bfloat16 at random.
+        transposed: scale the columns of R, by scales (B, n).
+        tiles: for measurements.
+    """
+    A, B, inverse, scale = residual
+    batch, m, rank = left.shape
+    n, inner = right.shape[1], A.shape[2]
+    slices = batch // len(weights)
+    dtype, of = weights[0].dtype, next(g.dtype for g in gradients if g is not None)
+    weight_table, weight_aligned = pointers(weights, slices, m * n * dtype.itemsize, left.device)
+    gradient_table, gradient_aligned = pointers(gradients, slices, m * n * of.itemsize, left.device)
+    low = dtype is torch.bfloat16 and of is torch.bfloat16
+    t = tiles or Tiles(64, 64, 128 if A.dtype is torch.float16 else 32, 512, 4, 2)
+    # Cast here, as by `apply_factored`.
+    left, right = left.to(dtype).contiguous(), right.to(dtype).contiguous()
+    with torch.cuda.device_of(left):
+        _apply[(triton.cdiv(m, t.M) * triton.cdiv(n, t.chunk), batch)](
+            weight_table, gradient_table, A, B, inverse, scales, left, right, keep, keys, steps,
+            m, n, slices, inner, rank, M=t.M, N=t.N, R=_block(inner, t.R), F=_block(rank, 128 if low else 32),
+            CHUNK=t.chunk, WEIGHT=TYPES[dtype], GRADIENT=TYPES[of],
+            STOCHASTIC=stochastic and dtype is torch.bfloat16, TRANSPOSED=transposed, WEIGHT_ALIGNED=weight_aligned,
+            GRADIENT_ALIGNED=gradient_aligned, EVEN=n % 2 == 0, WIDE=m * n >= 2**31, SCALE=scale,
+            RESIDUAL_PRECISION=precision(A.dtype), DOT=operand(dtype), PRECISION=precision(dtype), STAGES=t.stages,
+            num_warps=t.warps,
+        )  # fmt: skip

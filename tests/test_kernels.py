@@ -1,0 +1,138 @@
+"""Triton kernels against the torch functions that they equal: in the interpreter on a CPU, compiled on a GPU."""
+
+import pytest
+import torch
+
+from mofasgd import algebra
+from mofasgd.apply import Rounding, apply_update
+from mofasgd.kernels import pointers
+from mofasgd.momentum import sketch
+from mofasgd.rng import ROUNDING, gaussian, key_of, key_tensor
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Compiled kernels are also run at sizes of several programs, strips and blocks.
+SHAPES = [(150, 71), (96, 130)] + ([(1024, 2048), (4096, 1000)] if DEVICE.type == "cuda" else [])
+RANKS = [5, 32] + ([8, 64, 128, 200] if DEVICE.type == "cuda" else [])
+
+
+def normal(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sketches_equal_plain_products_and_a_missing_gradient_counts_as_zeros(dtype, shape, rank):
+    from mofasgd.kernels.project import sketch_list
+
+    m, n = shape
+    gradients = [normal(2, m, n, dtype=dtype), None, normal(2, m, n, dtype=dtype)]
+    U, V = normal(6, m, rank), normal(6, n, rank)
+    found = sketch_list(gradients, U, V)
+    G = torch.cat([torch.zeros(2, m, n, device=DEVICE) if g is None else g for g in gradients]).double()
+    expected = sketch(G, U.to(dtype).double(), V.to(dtype).double())
+    for a, b, length in zip(found, expected, (n, m), strict=True):
+        # Sums of `length` products of size 1, in float32.
+        assert (a - b).abs().max() <= 1e-6 * length
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_move_as_by_the_plain_update(dtype, shape, rank):
+    from mofasgd.kernels.apply import apply_factored
+
+    m, n = shape
+    weights = [normal(2, m, n, dtype=dtype) for _ in range(2)]
+    expected = [w.clone() for w in weights]
+    # Both sides round the factors to the dtype of the weight.
+    left, right = ((scale * normal(4, size, rank)).to(dtype).float() for size, scale in ((m, 0.01), (n, 1.0)))
+    keep = torch.tensor([1.0, 0.9, 0.5, 1.0], device=DEVICE)
+    keys, steps = [key_of(3, ROUNDING, i) for i in (4, 9)], torch.tensor([7.0, 1e6], device=DEVICE)
+    apply_factored(weights, left, right, keep, key_tensor(keys, DEVICE), steps, stochastic=True)
+    for i, weight in enumerate(expected):
+        part = slice(2 * i, 2 * i + 2)
+        apply_update(weight, left[part], right[part], None, keep[part], Rounding(True, keys[i], steps[i]))
+        distance = (weights[i].float() - weight.float()).abs()
+        if dtype is torch.float32:
+            assert distance.max() <= 1e-6 * rank**0.5
+        else:
+            # The same random number rounds both; sums in another order cross it here and there, by one last place.
+            assert (distance > 0).float().mean() <= 1e-3
+            assert (distance <= 2.0**-7 * weight.float().abs() + 1e-6 * rank**0.5).all()
+
+
+def test_weights_are_left_alone_to_the_bit_where_nothing_moves():
+    from mofasgd.kernels.apply import apply_factored
+
+    weight = normal(150, 71, dtype=torch.bfloat16)
+    before = weight.clone()
+    keys, steps = key_tensor([5], DEVICE), torch.ones(1, device=DEVICE)
+    zeros = torch.zeros(1, 150, 4, device=DEVICE)
+    apply_factored([weight], zeros, normal(1, 71, 4), torch.ones(1, device=DEVICE), keys, steps, stochastic=True)
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("m", [150, 96] + ([4096] if DEVICE.type == "cuda" else []))
+def test_products_of_tall_matrices_are_those_of_float64(m, rank):
+    from mofasgd.kernels.gram import combine, gram
+
+    U, S = normal(3, m, rank), normal(3, m, rank)
+    L, W = torch.cat([U, S], dim=-1).double(), normal(3, 2 * rank, rank, dtype=torch.float64)
+    assert (gram(U, S) - L.mT @ L).abs().max() <= 1e-14 * m
+    # The result is rounded to float32.
+    assert torch.allclose(combine(U, S, W, torch.ones(3, dtype=torch.bool, device=DEVICE)).double(), L @ W, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [3, 16] + ([64, 128, 256] if DEVICE.type == "cuda" else []))
+def test_rotated_rows_are_orthogonal_and_keep_the_singular_values(size):
+    from mofasgd.kernels.jacobi import orthogonal_rows
+
+    A = torch.stack([torch.randn(size, size) for _ in range(4)])
+    A[1] *= torch.logspace(0, -6, size)
+    A[2, :, size // 2 :] = 0
+    A[3] = 0
+    rows = orthogonal_rows(A.to(DEVICE)).cpu().double()
+    lengths = rows.norm(dim=-1)
+    expected = torch.linalg.svdvals(A.double())
+    # Rounding of some ten sweeps of rotations in float32.
+    scale = expected[:, :1].clamp(min=1)
+    assert ((lengths.sort(descending=True).values[:, :size] - expected).abs() / scale).max() <= 1e-6 * size**0.5
+    unit = rows / lengths.clamp(min=1e-30)[:, :, None]
+    inner = (unit @ unit.mT)[:2]
+    assert (inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_test_matrices_are_the_same_to_the_bit(dtype):
+    from mofasgd.kernels.gaussian import fill_gaussian
+
+    found = torch.empty(2, 370, 11, dtype=dtype, device=DEVICE)
+    fill_gaussian(found, key_tensor([5, 9], DEVICE))
+    for matrix, key in zip(found.cpu(), (5, 9), strict=True):
+        assert torch.equal(matrix, gaussian(370, 11, key, torch.device("cpu"), dtype))
+
+
+def test_addresses_are_those_of_the_matrices():
+    a, b = torch.zeros(3, 4, 4), torch.zeros(3, 4, 4)
+    table, aligned = pointers([a, None, b], 3, 64, torch.device("cpu"))
+    assert table.tolist() == [*(a.data_ptr() + 64 * i for i in range(3)), 0, 0, 0, *(b[i].data_ptr() for i in range(3))]
+    assert aligned == all(address % 16 == 0 for address in table.tolist())
+    assert not pointers([a.view(-1)[1:]], 1, 64, torch.device("cpu"))[1]
+
+
+@pytest.mark.parametrize("k", [10, 64, 130])
+def test_dependent_columns_are_left_out(k):
+    A = torch.randn(3, 2 * k, k, dtype=torch.float64)
+    A[1, :, 3] = A[1, :, :3].sum(dim=-1)
+    A[2, :, 5:] = 0
+    A /= A.norm(dim=-2, keepdim=True).clamp(min=1e-30)
+    R, N = algebra.independent_columns(A.mT @ A)
+    Q = A @ N
+    expected = torch.ones(3, k, dtype=torch.float64)
+    expected[1, 3], expected[2, 5:] = 0, 0
+    assert (Q.mT @ Q - torch.diag_embed(expected)).abs().max() <= 1e-9
+    assert (Q @ R - A).abs().max() <= 1e-9
