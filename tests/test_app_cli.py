@@ -44,21 +44,26 @@ def failure(capsys, *arguments):
     return status, error
 
 
+def valid(command, config):
+    """Check a configuration as its command would before it begins."""
+    if command == "compare":
+        check(config)
+    elif command == "pretrain":
+        resolve(config.optimizer)
+    else:
+        pytest.importorskip("trl")
+        from mofasgd.app.tune import glue, methods
+
+        (glue.specs if command == "glue" else methods.resolve)(config)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_config_is_valid(path):
     keys = yaml.safe_load(path.read_text())
-    if path.name.startswith("glue"):
-        pytest.importorskip("transformers")
-        from mofasgd.app.tune.glue import specs
-
-        assert specs(parse("glue", "--config", path))
-        return
-    if "methods" in keys:
-        config = parse("compare", "--config", path)
-        check(config)
-        assert list(config.methods) == list(keys["methods"])
-        return
-    resolve(parse("pretrain", "--config", path).optimizer)
+    command = "glue" if "task" in keys else "compare" if "methods" in keys else "pretrain"
+    config = parse(command, "--config", path)
+    valid(command, config)
+    assert "methods" not in keys or list(config.methods) == list(keys["methods"])
 
 
 def documented():
@@ -74,13 +79,12 @@ def documented():
 def test_calls_in_the_documents_are_valid(monkeypatch, tmp_path, call):
     monkeypatch.chdir(ROOT)
     # What a line of the page would have left before the next.
-    left = write_config(tiny(tmp_path), tmp_path / "config.yaml")
-    command, *arguments = [str(left) if word == "runs/book/config.yaml" else word for word in shlex.split(call)]
-    config = parse(command, *arguments)
-    if command == "compare":
-        check(config)
-    else:
-        resolve(config.optimizer)
+    left = {
+        "runs/book/config.yaml": write_config(tiny(tmp_path), tmp_path / "book.yaml"),
+        "runs/finetune/config.yaml": write_config(FinetuneConfig(), tmp_path / "finetune.yaml"),
+    }
+    command, *arguments = [str(left.get(word, word)) for word in shlex.split(call)]
+    valid(command, parse(command, *arguments))
 
 
 def test_the_demo_is_one_of_the_runs_behind_its_rates():

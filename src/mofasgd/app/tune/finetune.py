@@ -31,7 +31,7 @@ from mofasgd.app.tune.methods import resolve
 from mofasgd.app.tune.models import load_tokenizer, save
 from mofasgd.app.tune.recording import MemoryProfile
 from mofasgd.app.tune.rows import Skipped
-from mofasgd.app.tune.training import quiet, ready, sizes, training_arguments
+from mofasgd.app.tune.training import begin_run, ready, sizes, training_arguments
 from mofasgd.app.tune.tuner import Tuner, tuner
 from mofasgd.app.usage import Clock, out_of_memory
 
@@ -245,7 +245,7 @@ def train(config: FinetuneConfig, display: Display) -> dict[str, Any]:
         raise ValueError(f"resume=true, but out={out} holds no run: correct --out, or leave --resume out")
     if not config.resume and (out / "run.json").exists():
         raise ValueError(f"{out} holds a run already: add --resume true to go on, or name another --out")
-    quiet()
+    begin_run()
     disable_progress_bars()
     with locked(out, "out"):
         session = Session(config, display)

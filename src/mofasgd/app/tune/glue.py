@@ -33,7 +33,7 @@ from mofasgd.app.tune.models import load_model, load_tokenizer, prepare
 from mofasgd.app.tune.recording import MemoryProfile
 from mofasgd.app.tune.rows import Skipped
 from mofasgd.app.tune.tasks import TASKS, encode, fingerprint, load, names
-from mofasgd.app.tune.training import Scheduled, quiet, ready, sizes, training_arguments
+from mofasgd.app.tune.training import Scheduled, begin_run, ready, sizes, training_arguments
 from mofasgd.app.usage import peak_megabytes
 from mofasgd.options import check_choice
 
@@ -78,7 +78,7 @@ def predict(model: Any, tokenizer: Any, rows: list[dict[str, Any]], autocast: An
 
 def execute(run: Run) -> dict[str, Any]:
     """Train and validate; return scores and costs. A diverged run has the score None."""
-    quiet()
+    begin_run()
     config, task, settings = run.config, TASKS[run.task], resolve(run.method)
     tokenizer, skipped = load_tokenizer(config.model), Skipped()
     train, validation = load(config.data, run.task, skipped)

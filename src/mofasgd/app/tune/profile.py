@@ -15,7 +15,7 @@ from mofasgd.app.tune.encode import Example
 from mofasgd.app.tune.methods import resolve
 from mofasgd.app.tune.models import load_tokenizer
 from mofasgd.app.tune.recording import MemoryProfile
-from mofasgd.app.tune.training import quiet, ready, step_arguments
+from mofasgd.app.tune.training import begin_run, ready, step_arguments
 from mofasgd.app.tune.tuner import tuner
 
 
@@ -35,7 +35,7 @@ def shown(found: dict[str, Any]) -> Table:
 
 def profile(config: ProfileConfig) -> None:
     """Take the steps of `config`, write memory.png and memory.json, and show the table."""
-    quiet()
+    begin_run()
     settings, tokenizer = resolve(config), load_tokenizer(config.model)
     tokens = torch.randint(
         len(tokenizer),

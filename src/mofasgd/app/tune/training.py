@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback
@@ -90,10 +92,10 @@ def sizes(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def quiet() -> None:
-    """Keep what transformers and TRL say beside the run's own output to errors."""
-    import transformers
-
+def begin_run() -> None:
+    """Free what an earlier run of this process has left, and keep what transformers and TRL say to errors."""
+    # Trainers are cycles, and the peak memory of a run is its own.
+    gc.collect()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     # Renamings in newer versions of these two, whose older versions have the old names only.
