@@ -18,7 +18,7 @@ from trl import SFTConfig
 
 from mofasgd.app.baselines import Settings, state_bytes
 from mofasgd.app.display import Display
-from mofasgd.app.errors import Stopped
+from mofasgd.app.errors import Diverged, Stopped
 from mofasgd.app.files import locked, read_json, write_json, write_text
 from mofasgd.app.identity import plain
 from mofasgd.app.record import JsonLines, environment, read_metrics
@@ -43,11 +43,7 @@ _FREE = {
 
 
 class Session:
-    """One start of `mofasgd finetune` on a run folder.
-
-    Attributes:
-        result: what run.json reports, once the run is done.
-    """
+    """One start of `mofasgd finetune` on a run folder."""
 
     def __init__(self, config: FinetuneConfig, display: Display) -> None:
         self.config, self.display, self.settings = config, display, resolve(config)
@@ -115,13 +111,16 @@ class Session:
         return torch.autocast(self.trainer.args.device.type, torch.bfloat16)
 
     def loss(self) -> dict[str, float]:
-        """Return the validation loss per answer token."""
-        return {"validation_loss": answer_loss(self.trainer.model, self.validation, self.autocast)[0]}
+        """Return the validation loss per answer token; raise Diverged if it is not finite."""
+        loss, _ = answer_loss(self.trainer.model, self.validation, self.autocast)
+        if not math.isfinite(loss):
+            raise Diverged(f"the validation loss is {loss}: lower lr={self.settings['lr']:g}, or raise warmup")
+        return {"validation_loss": loss}
 
     def examine(self) -> tuple[dict[str, float], list[str]]:
         """Return loss, perplexity and exact match, and the answers to the samples."""
         config, found = self.config, self.loss()
-        found["perplexity"] = math.exp(min(found["validation_loss"], 700.0))
+        found["perplexity"] = math.exp(min(found["validation_loss"], 700.0))  # below what a float holds
         count = max(config.samples, config.exact_match)
         texts = self._written(self.asked(count)) if count else []
         if config.exact_match:
@@ -140,7 +139,6 @@ class Session:
         """
         config, out = self.config, self.config.out
         write_text(out / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
-        self.trainer.model.to(self.trainer.args.device)
         if self.record["before"] is None:
             before, texts = self.examine()
             self.record["before"] = {**before, "answers": texts}
@@ -181,7 +179,7 @@ class Session:
         config, trainer = self.config, self.trainer
         after, texts = self.examine()
         step = trainer.state.global_step
-        metrics.write(step, {k: v for k, v in after.items() if math.isfinite(v)})
+        metrics.write(step, after)
         per_step = progress.clock.per_step()
         self.record["result"] = {
             **after,

@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from mofasgd.app.baselines import state_bytes
+from mofasgd.app.baselines import Settings, state_bytes
 from mofasgd.app.files import locked
 from mofasgd.app.record import environment
 from mofasgd.app.tune.answers import evaluating
@@ -76,67 +76,73 @@ def predict(model: Any, tokenizer: Any, rows: list[dict[str, Any]], autocast: An
     return outputs[torch.tensor(order).argsort()]
 
 
-def execute(run: Run) -> dict[str, Any]:
-    """Train and validate; return scores and costs. A diverged run has the score None."""
-    begin_run()
-    config, task, settings = run.config, TASKS[run.task], resolve(run.method)
-    tokenizer, skipped = load_tokenizer(config.model), Skipped()
+def _rows(run: Run, tokenizer: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+    """Return training and validation rows in tokens, and what was done to them."""
+    config, skipped = run.config, Skipped()
     train, validation = load(config.data, run.task, skipped)
     if run.task in config.rows:
         # By the first seed, whatever the run's: seeds are to differ in training, not in data.
         train = random.Random(config.seeds[0]).sample(train, min(config.rows[run.task], len(train)))
-    (train_rows, cut), (validation_rows, cut_too) = (encode(tokenizer, r, config.context) for r in (train, validation))
+    (encoded, cut), (held_out, cut_too) = (encode(tokenizer, rows, config.context) for rows in (train, validation))
+    counts = {"rows": [len(encoded), len(held_out)], "cut": cut + cut_too, "skipped": dict(skipped.counts)}
+    return encoded, held_out, {**counts, "data": fingerprint(encoded, held_out)}
 
+
+def _trainer(run: Run, settings: Settings, tokenizer: Any, rows: list[dict[str, Any]]) -> Classifier:
+    """Return a trainer of the model with a head for the task."""
+    config, method = run.config, run.method.method
     set_seed(run.seed)
     # A saved model may have a head for another task.
-    options: dict[str, Any] = {"num_labels": task.classes, "ignore_mismatched_sizes": True}
+    options: dict[str, Any] = {"num_labels": TASKS[run.task].classes, "ignore_mismatched_sizes": True}
     model: Any = load_model(config.model, AutoModelForSequenceClassification, config.precision, **options)
     model.config.pad_token_id = tokenizer.pad_token_id
-    model = prepare(model, run.method.method, settings, "SEQ_CLS")
-    folder = config.out / "trainer"  # nothing is written there
-    args = TrainingArguments(**training_arguments(config, settings, run.seed, str(folder)))
-    finite = _Finite()
-    kwargs = kwargs_for_trainer(args, run.method.method, settings)
-    kwargs["callbacks"].append(finite)
-    if config.profile_memory:
-        title = (
-            f"{run.task}, {run.method.method} rank {settings.get('rank', '-')} lr {settings['lr']:g} seed {run.seed}"
-        )
-        place = config.out / re.sub(r"[^a-z0-9.-]+", "-", f"memory {title}")
-        kwargs["callbacks"].append(MemoryProfile(config.profile_memory, place, title))
-    trainer = Classifier(
-        model=model, args=args, train_dataset=train_rows, data_collator=DataCollatorWithPadding(tokenizer), **kwargs
-    )
+    model = prepare(model, method, settings, "SEQ_CLS")
+    # Nothing is written into its folder.
+    args = TrainingArguments(**training_arguments(config, settings, run.seed, str(config.out / "trainer")))
+    kwargs = kwargs_for_trainer(args, method, settings)
+    collator = DataCollatorWithPadding(tokenizer)
+    trainer = Classifier(model=model, args=args, train_dataset=rows, data_collator=collator, **kwargs)
     ready(trainer, config.warmup, config.cooldown)
-    cuda = args.device.type == "cuda"
-    if cuda:
+    if config.profile_memory:
+        title = f"{run.task}, {method} rank {settings.get('rank', '-')} lr {settings['lr']:g} seed {run.seed}"
+        place = config.out / re.sub(r"[^a-z0-9.-]+", "-", f"memory {title}")
+        trainer.add_callback(MemoryProfile(config.profile_memory, place, title))
+    return trainer
+
+
+def execute(run: Run) -> dict[str, Any]:
+    """Train and validate; return scores and costs. A diverged run has the score None."""
+    begin_run()
+    settings, tokenizer, finite = resolve(run.method), load_tokenizer(run.config.model), _Finite()
+    train_rows, validation_rows, counts = _rows(run, tokenizer)
+    trainer = _trainer(run, settings, tokenizer, train_rows)
+    trainer.add_callback(finite)
+    args = trainer.args
+    if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
     trainer.train()
-    if cuda:
+    if args.device.type == "cuda":
         torch.cuda.synchronize()
     seconds, peak = time.perf_counter() - begin, peak_megabytes(args.device)
 
     def autocast() -> Any:
         return torch.autocast(args.device.type, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
 
-    labels = torch.tensor([row["labels"] for row in validation_rows])
     outputs = predict(trainer.model, tokenizer, validation_rows, autocast)
     found: dict[str, Any] = {"score": None}
     if not finite.diverged and outputs.isfinite().all():
-        found = scores(task.metrics, outputs, labels)
+        labels = torch.tensor([row["labels"] for row in validation_rows])
+        found = scores(TASKS[run.task].metrics, outputs, labels)
     return {
         **found,
+        **counts,
         "settings": settings,
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 2),
         "peak_mb": round(peak, 1),
         "optimizer_state_mb": round(state_bytes([trainer.optimizer]) / 1e6, 3),
-        "model": sizes(model),
-        "data": fingerprint(train_rows, validation_rows),
-        "rows": [len(train_rows), len(validation_rows)],
-        "cut": cut + cut_too,
-        "skipped": dict(skipped.counts),
+        "model": sizes(trainer.model),
         "environment": environment(args.device),
     }
 
