@@ -103,7 +103,8 @@ def _rest(params: list[Tensor], settings: Settings) -> Optimizer:
 
 
 def _muon(model: nn.Module, settings: Settings) -> Optimizer:
-    matrices, rest = split(model, rank=1)
+    # As at a low rank: the head of a few classes is AdamW's.
+    matrices, rest = split(model, rank=8)
     muon = Muon(matrices, lr=settings["lr"], momentum=settings["beta"], weight_decay=settings["weight_decay"])
     return Joint([muon, _rest(rest, settings)])
 
