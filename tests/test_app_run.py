@@ -211,6 +211,29 @@ def test_a_checkpoint_holds_the_random_state(tmp_path):
     assert torch.equal(torch.rand(3), drawn)
 
 
+def test_memory_is_recorded_between_the_steps_that_are_named(tmp_path, monkeypatch):
+    seen, steps = [], []
+    original = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self: steps.append(self.step) or original(self))
+    monkeypatch.setattr("mofasgd.app.run.check_recordable", lambda key, device: None)
+    monkeypatch.setattr("mofasgd.app.run.start_recording", lambda: seen.append(("start", len(steps))))
+    monkeypatch.setattr("mofasgd.app.run.save_recording", lambda path: seen.append((path, len(steps))))
+    run_quietly(tiny(tmp_path, memory_history=(2, 5)))
+    assert seen == [("start", 2), (tmp_path / "run" / "memory.pickle", 5)]
+    # An error within the window: what was recorded is what one wants to see then.
+    seen.clear(), steps.clear()
+    broken = lambda self: original(self) if self.step < 3 else pytest.fail("out of memory")  # noqa: E731
+    monkeypatch.setattr(Trainer, "train_step", broken)
+    with pytest.raises(pytest.fail.Exception):
+        run_quietly(tiny(tmp_path, memory_history=(2, 5), out=tmp_path / "broken"))
+    assert [what for what, _ in seen] == ["start", tmp_path / "broken" / "memory.pickle"]
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"memory_history records allocations of a CUDA device.*on cpu: drop it"):
+        run_quietly(tiny(tmp_path, memory_history=(2, 5), out=tmp_path / "other"))
+    with pytest.raises(ValueError, match="memory_history=2,9 ends after the last step, steps=8"):
+        tiny(tmp_path, memory_history=(2, 9))
+
+
 def test_out_of_memory_is_one_line(tmp_path):
     config = tiny(tmp_path)
     config.model.vocab_size = 10**13

@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "mofasgd"
 
 # From the bottom up; a module may import from lower layers only.
 LAYERS = [
-    {"precision", "layout", "stack", "kernels"},
+    {"precision", "layout", "stack", "kernels", "snapshot"},
     {"rng"},
     {"momentum", "options", "apply"},
     {"algebra", "clipping", "complement", "adamw", "state", "groups"},
@@ -27,9 +27,11 @@ LAYERS = [
     {"start"},
     {"base"},
     {"optimizer"},
-    {"paper", "hf", "memory"},
+    {"authors"},
+    {"hf", "memory"},
     {"app"},
     {"cli"},
+    {"paper"},
 ]
 
 

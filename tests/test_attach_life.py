@@ -163,7 +163,7 @@ def test_the_table_names_every_parameter_its_shape_mode_and_reason():
     assert lines[0].split() == ["parameter", "shape", "mode", "why"]
     assert [line.split()[0] for line in lines[1:]] == [name for name, _ in model.named_parameters()]
     assert "blocks.0.qkv.weight      192 x 64  sketch  Linear" in lines
-    assert "blocks.0.qkv.bias        192       p.grad  trained by AdamW" in lines
+    assert "blocks.0.up.bias         256       p.grad  trained by AdamW" in lines
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), "torch.save"])

@@ -1,5 +1,7 @@
 """What must hold on a CUDA device: the same numbers as on the CPU, and true float32 whatever TF32 says."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -112,3 +114,17 @@ def test_the_allocator_sees_no_gradient_in_sketch_mode():
     assert min(dense) >= 8 * weight
     # One layer's test matrices, the sketches of all, and activations of 64 rows: less than one gradient.
     assert max(attached) < weight
+
+
+def test_a_recording_of_the_memory_names_the_allocations(tmp_path):
+    from mofasgd.snapshot import check_recordable, save_recording, start_recording
+
+    check_recordable("memory_history", torch.device("cuda"))
+    start_recording()
+    held = torch.empty(3 * 2**20, device="cuda")
+    save_recording(tmp_path / "new" / "memory.pickle")
+    after = torch.empty(5 * 2**20, device="cuda")
+    content = pickle.loads((tmp_path / "new" / "memory.pickle").read_bytes())
+    sizes = [entry["size"] for trace in content["device_traces"] for entry in trace if entry["action"] == "alloc"]
+    assert held.nbytes in sizes
+    assert after.nbytes not in sizes

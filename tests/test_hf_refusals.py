@@ -133,15 +133,15 @@ def import_beside(found, monkeypatch):
     import mofasgd.hf  # noqa: F401
 
 
-@pytest.mark.parametrize("found", ["4.57.1", "5.16.9", "unknown"])
+@pytest.mark.parametrize("found", ["4.57.1", "5.5.9", "unknown"])
 def test_older_versions_of_transformers_are_refused_at_import(found, monkeypatch):
-    with pytest.raises(ImportError, match=rf"transformers 5\.17 or newer but found {found}: pip install"):
+    with pytest.raises(ImportError, match=rf"transformers 5\.6 or newer but found {found}: pip install"):
         import_beside(found, monkeypatch)
 
 
 @pytest.mark.parametrize("found", ["5.24.0.dev0", "6.0.0"])
 def test_newer_versions_of_transformers_are_told_of_at_import(found, monkeypatch):
-    with pytest.warns(UserWarning, match=rf"tested with transformers 5\.17 to 5\.23 but found {found}"):
+    with pytest.warns(UserWarning, match=rf"tested with transformers 5\.6 to 5\.23 but found {found}"):
         import_beside(found, monkeypatch)
 
 

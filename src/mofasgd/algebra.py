@@ -32,8 +32,13 @@ from mofasgd.rng import gaussian
 SOLVERS = ("auto", "svd", "gram")
 """Exact QR and SVD; Gram matrices; and the latter where it loses nothing: for factors in float32."""
 
-DEPENDENT = 1e-12
-"""A column whose squared distance from those before it is below this part of its square depends on them."""
+DEPENDENT = 1e-10
+"""A column whose squared distance from those before it is below this part of its square depends on them.
+
+Products in float64 leave an error of some 1e-15 in that square, hence 1e-5 in the length of what is kept."""
+
+_SHIFT = 1e-13
+"""Of unit diagonals: far above what rounding takes from a pivot of a Cholesky factorization, so that none fails."""
 
 _DIRECT = {"cpu": 1 << 30, "cuda": 64}
 """Rows of the largest core whose singular vectors are found at once: by LAPACK, by Jacobi rotations."""
@@ -93,14 +98,14 @@ def independent_columns(gram: Tensor) -> tuple[Tensor, Tensor]:
     A N has orthonormal columns, and zeros where a column of A depends on those before it (`DEPENDENT`); R has zero
     rows there. Float64.
     """
-    k = gram.shape[-1]
-    eye = torch.eye(k, dtype=gram.dtype, device=gram.device)
-    # The shift is far above what rounding can take from a pivot, so that none fails; a dependent column is left with
-    # little more than the shift, and what it passes on to later ones is a thousandth of that.
-    R, _ = torch.linalg.cholesky_ex(gram + DEPENDENT * eye, upper=True)
-    N = torch.linalg.solve_triangular(R, eye.expand_as(gram), upper=True)
-    real = R.diagonal(dim1=-2, dim2=-1).square() > 4 * DEPENDENT
-    return R * real[:, :, None], N * real[:, None, :]
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    R1, _ = torch.linalg.cholesky_ex(gram + _SHIFT * eye, upper=True)
+    N1 = torch.linalg.solve_triangular(R1, eye.expand_as(gram), upper=True)
+    real = R1.diagonal(dim1=-2, dim2=-1).square() > DEPENDENT
+    R1, N1 = R1 * real[:, :, None], N1 * real[:, None, :]
+    # The shift has left columns a little short; of them as they are, the second factorization is exact.
+    R2, _ = torch.linalg.cholesky_ex(N1.mT @ gram @ N1 + torch.diag_embed((~real).to(gram.dtype)), upper=True)
+    return R2 @ R1, torch.linalg.solve_triangular(R2, N1, upper=True, left=False)
 
 
 def _unit(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,8 +153,12 @@ def _right_vectors(core: Tensor, rank: int) -> Tensor:
         _, _, B = orthonormal(core @ Y)
         return Y @ _right_vectors(B, rank)
     if not usable(core.device):
-        rows: Tensor = torch.linalg.svd(core)[2][:, :rank]
-        return rows.mT
+        rows: Tensor
+        _, s, rows = torch.linalg.svd(core)
+        # Vectors of the null space may lie in coordinates that stand for no column.
+        real = s[:, :rank] > 1e-13 * s[:, :1]
+        found: Tensor = rows[:, :rank].mT * real[:, None, :]
+        return found
     from mofasgd.kernels.jacobi import orthogonal_rows
 
     rows = orthogonal_rows(core.float())
@@ -202,6 +211,10 @@ def solve(small: Small, beta: float | Tensor, factor: Tensor | None) -> Weights:
     Y = _complete(_right_vectors(core, r))
     X, _, R = orthonormal(core @ Y)
     found = R.diagonal(dim1=-2, dim2=-1).cummin(dim=-1).values * size[:, :, 0]
+    # Where momentum and gradient cancel, what is left of them in float32 is no direction.
+    left, right = (g.diagonal(dim1=-2, dim2=-1)[:, r:].sqrt() * f for g in small[:2])
+    terms = (real * torch.maximum(torch.maximum(left, right), beta * s)).amax(dim=-1, keepdim=True)
+    found = torch.where(found > torch.finfo(torch.float32).eps * terms, found, 0.0)
     return Weights(Nu @ _complete(X), found, Nv @ Y)
 
 

@@ -8,7 +8,7 @@ import importlib.metadata
 import re
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from mofasgd.app.errors import Stopped
@@ -41,8 +41,9 @@ def _load(command: str) -> Command:
     return function
 
 
-def _parser(command: str, function: Command, kind: type) -> Any:
+def _parser(command: str, function: Command, kind: type, prog: str = "") -> Any:
     """Return the command's parser for the dataclass `kind`; its errors are one line with the nearest known key."""
+    prog = prog or f"mofasgd {command}"
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -60,9 +61,9 @@ def _parser(command: str, function: Command, kind: type) -> Any:
             if unknown:
                 word = f"{group[1]}.{unknown[1]}" if group else unknown[1]
                 message += _nearest(word, [action.dest for action in self._actions]) or "; --help lists all keys"
-            self.exit(2, f"mofasgd {command}: error: {' '.join(message.split())}\n")
+            self.exit(2, f"{prog}: error: {' '.join(message.split())}\n")
 
-    parser = Parser(prog=f"mofasgd {command}", description=function.__doc__)
+    parser = Parser(prog=prog, description=function.__doc__)
     parser.add_argument("--config", action="config", help="YAML file with the keys below; flags override it")
     parser.add_class_arguments(kind, None)
     return parser
@@ -85,13 +86,29 @@ def _usage() -> str:
     )
 
 
-def _run(command: str, arguments: Sequence[str]) -> None:
+def configured(
+    command: str, arguments: Sequence[str], *, prog: str = "", defaults: Mapping[str, Any] | None = None
+) -> tuple[Command, Any]:
+    """Return the function of a command and its configuration; a wrong argument ends the program.
+
+    Args:
+        command: one of `COMMANDS`.
+        arguments: flags.
+        prog: what errors begin with; default "mofasgd COMMAND".
+        defaults: dotted key -> value, in place of the configuration's own defaults.
+    """
     function = _load(command)
     kind = typing.get_type_hints(function)["config"]
-    parser = _parser(command, function, kind)
+    parser = _parser(command, function, kind, prog)
+    parser.set_defaults(dict(defaults or {}))
     values = dict(parser.instantiate(parser.parse_args(arguments)))
     values.pop("config")
-    function(kind(**values))
+    return function, kind(**values)
+
+
+def _run(command: str, arguments: Sequence[str]) -> None:
+    function, config = configured(command, arguments)
+    function(config)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

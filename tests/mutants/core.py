@@ -124,7 +124,7 @@ MUTANTS = [
     ),
     Mutant(
         "the scaler's scale left in the raw gradient",
-        "paper.py",
+        "authors.py",
         "return G if member.factor is None else G * member.factor",
         "return G",
         "test_optimizer.py::test_gradscaler_reaches_the_raw_gradient_of_the_authors_step_and_unscaled_gradients",
@@ -201,7 +201,7 @@ MUTANTS = [
     ),
     Mutant(
         "nesterov along the first update",
-        "paper.py",
+        "authors.py",
         "if self.nesterov:",
         "if False:",
         "test_paper.py::test_twenty_steps_equal_the_published_formula",

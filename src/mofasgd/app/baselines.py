@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 
-from mofasgd.app.config import OptimizerConfig
+from mofasgd.app.authors import ROWS, Build
+from mofasgd.app.config import OptimizerConfig, Settings
 from mofasgd.app.galore import GaLore
 from mofasgd.app.model import GPT
 from mofasgd.app.row_norm import RowNormSGD
 from mofasgd.groups import param_groups
 from mofasgd.optimizer import MoFaSGD
 from mofasgd.options import check_choice, check_number, check_whole
-
-Settings = dict[str, Any]
 
 MOMENTUM_KEYS = ("beta", "momentum")
 """Names that optimizers have for `OptimizerConfig.beta` in their groups."""
@@ -38,7 +36,7 @@ class Method:
         note: what it is, and what of it differs from its source.
     """
 
-    build: Callable[[GPT, Settings, int], list[Optimizer]]
+    build: Build
     defaults: Settings
     note: str
 
@@ -56,7 +54,7 @@ def _rest(params: list[Tensor], settings: Settings) -> Optimizer:
     return AdamW(params, lr=settings["adamw_lr"], fused=True, **_adam_keys(settings))
 
 
-def _adam(kind: type[Adam]) -> Callable[[GPT, Settings, int], list[Optimizer]]:
+def _adam(kind: type[Adam]) -> Build:
     def build(model: GPT, settings: Settings, seed: int) -> list[Optimizer]:
         matrices, rest = _split(model)
         groups = [{"params": matrices}, {"params": rest, "lr": settings["adamw_lr"]}]
@@ -140,6 +138,7 @@ METHODS: dict[str, Method] = {
         {"lr": 0.04, "adamw_lr": 3e-3, **_ADAM, "weight_decay": 0.0, "max_grad_norm": 0.0},
         "every row of the gradient at equal length: no state; AdamW for embedding and head",
     ),
+    **{name: Method(*row) for name, row in ROWS.items()},
 }
 
 
@@ -180,7 +179,8 @@ def fill(table: Mapping[str, Settings], name: str, given: Settings, prefix: str 
 
 def _check(settings: Settings, prefix: str) -> None:
     """Check what the optimizers behind the table do not check, or would report under another name."""
-    for key in ("lr", "adamw_lr", "eps", "weight_decay", "scale", "alpha", "max_grad_norm", "complement"):
+    numbers = ("lr", "adamw_lr", "head_lr", "eps", "weight_decay", "scale", "gradient_scale", "alpha")
+    for key in (*numbers, "max_grad_norm", "complement", "eta1", "eta2", "clip_eps", "max_value"):
         if settings.get(key) is not None:
             check_number(f"{prefix}{key}", settings[key], 0.0)
     for key in ("beta", "beta_start"):
@@ -188,7 +188,7 @@ def _check(settings: Settings, prefix: str) -> None:
             check_number(f"{prefix}{key}", settings[key], 0.0, 1.0)
     for value in settings.get("betas", ()):
         check_number(f"{prefix}betas", value, 0.0, 1.0)
-    for key, low in (("rank", 1), ("gap", 1), ("beta_warmup_steps", 0)):
+    for key, low in (("rank", 1), ("gap", 1), ("ns_steps", 1), ("beta_warmup_steps", 0)):
         if key in settings:
             check_whole(f"{prefix}{key}", settings[key], low)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mofasgd.options import check_choice, check_number, check_whole
+
+Settings = dict[str, Any]
+"""Of an optimizer, defaults filled in, by the names of `OptimizerConfig`."""
 
 Precision = Literal["auto", "float32", "bf16-mixed", "bf16-true"]
 
@@ -70,11 +73,14 @@ class OptimizerConfig:
     """
 
     name: str = "mofasgd"
-    """mofasgd, adamw, adam, sgd, muon, galore or row_norm (row-normalized SGD, without any state)"""
+    """mofasgd, adamw, adam, sgd, muon, galore or row_norm (row-normalized SGD, without any state); authors_mfsgd,
+    authors_adamw, ...: as the authors of MoFaSGD set them up (docs/coming-from-the-authors-code.md)"""
     lr: float | None = None
     """peak learning rate of the matrices (for sgd of everything)"""
     adamw_lr: float | None = None
     """peak learning rate of embedding and head, which every method but sgd trains with Adam"""
+    head_lr: float | None = None
+    """of authors_*: peak learning rate of the head; adamw_lr is then the embedding's"""
     rank: int | None = None
     """of mofasgd and galore"""
     beta: float | None = None
@@ -100,6 +106,24 @@ class OptimizerConfig:
     """of galore: steps between two SVDs"""
     scale: float | None = None
     """of galore: factor of the projected step"""
+    eta1: float | None = None
+    """of authors_mfsgd: factor of the momentum's step"""
+    eta2: float | None = None
+    """of authors_mfsgd: factor of the gradient's part that the momentum cannot hold, as it is"""
+    clip_eps: float | None = None
+    """of authors_mfsgd: directions with a singular value up to this do not move"""
+    max_value: float | None = None
+    """of authors_mfsgd: largest reciprocal of a singular value"""
+    use_current_projection: bool | None = None
+    """of authors_mfsgd: eta2's part is what the new momentum cannot hold, not the old one"""
+    use_ones_for_nonzero_s: bool | None = None
+    """of authors_mfsgd: 1 in place of the reciprocals"""
+    nesterov: bool | None = None
+    """of authors_mfsgd, authors_muon and authors_sgd"""
+    ns_steps: int | None = None
+    """of authors_muon: Newton-Schulz steps"""
+    gradient_scale: float | None = None
+    """of authors_*: factor of all gradients; theirs are sums over the micro-batches of a GPU"""
     max_grad_norm: float | None = None
     """clip the gradient's norm to this; 0: no clipping"""
 
@@ -150,6 +174,9 @@ class PretrainConfig:
     """write a checkpoint after the last step"""
     keep_checkpoints: int = 2
     """newest checkpoints that stay"""
+    memory_history: tuple[int, int] | None = None
+    """record a GPU's allocations from after the first of these steps (0: from the start) to after the second, into
+    memory.pickle in the run folder (for pytorch.org/memory_viz)"""
     resume: bool = False
     """go on with the run in the run folder, from its newest checkpoint"""
 
@@ -165,6 +192,12 @@ class PretrainConfig:
         check_choice("precision", self.precision, ("auto", "float32", "bf16-mixed", "bf16-true"))
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size={self.batch_size} is no multiple of micro_batch_size={self.micro_batch_size}")
+        if self.memory_history is not None:
+            begin, end = self.memory_history
+            check_whole("memory_history", begin, 0)
+            check_whole("memory_history", end, begin + 1)
+            if end > self.steps:
+                raise ValueError(f"memory_history={begin},{end} ends after the last step, steps={self.steps}: lower it")
         if self.warmup + self.cooldown > 1:
             raise ValueError(f"warmup={self.warmup:g} and cooldown={self.cooldown:g} overlap: lower one of them")
 

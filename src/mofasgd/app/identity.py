@@ -14,7 +14,7 @@ from mofasgd.app.config import PretrainConfig
 
 _FREE = {
     *("out", "resume", "eval_every", "log_every", "tensorboard", "wandb"),
-    *("checkpoint_every", "keep_checkpoints", "save_last", "data.cache"),
+    *("checkpoint_every", "keep_checkpoints", "save_last", "data.cache", "memory_history"),
 }
 """Without influence on weights and final loss."""
 

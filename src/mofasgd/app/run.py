@@ -23,6 +23,7 @@ from mofasgd.app.record import JsonLines, Sink, TensorBoard, WandB, environment,
 from mofasgd.app.signals import catch_signals
 from mofasgd.app.trainer import Trainer
 from mofasgd.app.usage import Clock, out_of_memory
+from mofasgd.snapshot import check_recordable, save_recording, start_recording
 
 
 class Session:
@@ -34,6 +35,7 @@ class Session:
         self.clock = Clock(self._restore())
         # Of the steps since the last log line; read there only, a GPU would wait otherwise.
         self.losses: list[Tensor] = []
+        self.recording = False
         self.record = self._new_record()
         self.metrics = JsonLines(self.out / "metrics.jsonl", trainer.step)
         self.sinks: list[Sink] = [self.metrics]
@@ -168,7 +170,13 @@ class Session:
     def _advance(self, stopping: bool) -> None:
         """Take a step, and log, evaluate and save where it is time to."""
         config, trainer = self.config, self.trainer
+        recorded = range(*(config.memory_history or (0, 0)))
+        if trainer.step in recorded and not self.recording:
+            start_recording()
+            self.recording = True
         self.losses.append(trainer.train_step())
+        if trainer.step not in recorded:
+            self._stop_recording()
         step, last = trainer.step, trainer.step == config.steps
         evaluate = last or step % config.eval_every == 0
         save = config.save_last if last else config.checkpoint_every > 0 and step % config.checkpoint_every == 0
@@ -203,8 +211,14 @@ class Session:
         result: dict[str, Any] = self.record["result"]
         return result
 
+    def _stop_recording(self) -> None:
+        if self.recording:
+            save_recording(self.out / "memory.pickle")
+            self.recording = False
+
     def close(self) -> None:
-        """Close the metric files."""
+        """Close the metric files; save a recording that an error, out of memory say, has ended."""
+        self._stop_recording()
         for sink in self.sinks:
             sink.close()
 
@@ -243,6 +257,8 @@ def train(config: PretrainConfig, display: Display) -> dict[str, Any]:
         return result
     try:
         trainer = Trainer(config)
+        if config.memory_history is not None:
+            check_recordable("memory_history", trainer.device)
         with locked(config.out, "out"):
             session = Session(config, trainer, display)
             try:

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from torch.optim import Optimizer
 
-from mofasgd.app.baselines import MOMENTUM_KEYS, Settings
+from mofasgd.app.baselines import MOMENTUM_KEYS
+from mofasgd.app.config import Settings
 
 
 def lr_multiplier(step: int, steps: int, warmup: float, cooldown: float) -> float:

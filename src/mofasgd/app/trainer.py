@@ -137,11 +137,11 @@ class Trainer:
         for micro in torch.split(windows, config.micro_batch_size or config.batch_size):
             with self._autocast():
                 loss, _ = token_loss(self.forward, micro)
-            (loss / tokens).backward()  # type: ignore[no-untyped-call]
+            (loss / tokens * self.settings.get("gradient_scale", 1.0)).backward()
             total += loss.detach()
         if self.step + 1 == config.steps:
             self.gradient_bytes = self._held()
-        clip = self.settings["max_grad_norm"]
+        clip = self.settings.get("max_grad_norm", 0.0)
         if clip and not isinstance(self.optimizers[0], MoFaSGD):  # which clips by itself
             nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         for optimizer in self.optimizers:

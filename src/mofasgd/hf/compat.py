@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("mofasgd.hf needs transformers: pip install 'mofasgd[hf]'") from error
 
-OLDEST, NEWEST = (5, 17), (5, 23)
+OLDEST, NEWEST = (5, 6), (5, 23)
 """Minor versions whose Trainer was read and tested; the order of its callbacks within a step is what matters."""
 
 

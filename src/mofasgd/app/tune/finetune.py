@@ -16,7 +16,8 @@ import yaml
 from datasets.utils import disable_progress_bars
 from trl import SFTConfig
 
-from mofasgd.app.baselines import Settings, state_bytes
+from mofasgd.app.baselines import state_bytes
+from mofasgd.app.config import Settings
 from mofasgd.app.display import Display
 from mofasgd.app.errors import Diverged, Stopped
 from mofasgd.app.files import locked, read_json, write_json, write_text

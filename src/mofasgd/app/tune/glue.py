@@ -21,7 +21,8 @@ from transformers import (
     set_seed,
 )
 
-from mofasgd.app.baselines import Settings, state_bytes
+from mofasgd.app.baselines import state_bytes
+from mofasgd.app.config import Settings
 from mofasgd.app.files import locked
 from mofasgd.app.record import environment
 from mofasgd.app.tune.answers import evaluating

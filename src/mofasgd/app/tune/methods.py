@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from mofasgd.app.baselines import Settings, fill
+from mofasgd.app.baselines import fill
+from mofasgd.app.config import Settings
 from mofasgd.app.galore import GaLore
 from mofasgd.app.tune.config import MethodConfig
 from mofasgd.app.tune.joint import Joint

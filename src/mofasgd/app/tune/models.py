@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from mofasgd.app.baselines import Settings
+from mofasgd.app.config import Settings
 from mofasgd.app.tune.methods import freeze, split
 
 

@@ -11,9 +11,7 @@ from transformers import TrainerCallback
 from mofasgd.app.files import write_json
 from mofasgd.app.record import environment
 from mofasgd.memory import Recorder, draw, summary
-
-_HISTORY = 200_000
-"""Most allocations and frees in the snapshot of a GPU."""
+from mofasgd.snapshot import save_recording, start_recording
 
 
 class MemoryProfile(TrainerCallback):
@@ -39,7 +37,7 @@ class MemoryProfile(TrainerCallback):
         optimizer = kwargs["optimizer"]
         self._last = state.global_step + self.steps
         if args.device.type == "cuda":
-            torch.cuda.memory._record_memory_history(max_entries=_HISTORY)
+            start_recording()
             torch.cuda.reset_peak_memory_stats()
         # accelerate wraps it, and hooks are the inner one's.
         self._recorder = Recorder(kwargs["model"], getattr(optimizer, "optimizer", optimizer))
@@ -67,8 +65,6 @@ class MemoryProfile(TrainerCallback):
             # More than was seen: what operations need within, and libraries.
             self.found["allocator_peak_mb"] = round(torch.cuda.max_memory_allocated(device) / 1e6, 3)
             self.found["reserved_peak_mb"] = round(torch.cuda.max_memory_reserved(device) / 1e6, 3)
-            snapshot = str(self.folder / "memory_snapshot.pickle")
-            torch.cuda.memory._dump_snapshot(snapshot)  # type: ignore[no-untyped-call]
-            torch.cuda.memory._record_memory_history(enabled=None)
+            save_recording(self.folder / "memory_snapshot.pickle")
         draw(timeline, self.title, self.folder / "memory.png")
         write_json(self.folder / "memory.json", self.found)

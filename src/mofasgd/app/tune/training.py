@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback
 
-from mofasgd.app.baselines import Settings
+from mofasgd.app.config import Settings
 from mofasgd.app.schedule import lr_multiplier
 from mofasgd.app.tune.config import StepConfig, TuneConfig
 from mofasgd.app.tune.methods import arguments

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, set_seed
 from trl import SFTTrainer
 
-from mofasgd.app.baselines import Settings
+from mofasgd.app.config import Settings
 from mofasgd.app.tune.config import StepConfig
 from mofasgd.app.tune.encode import Example
 from mofasgd.app.tune.methods import kwargs_for_trainer
