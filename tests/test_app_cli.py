@@ -17,6 +17,7 @@ from mofasgd import cli
 from mofasgd.app.baselines import METHODS, resolve
 from mofasgd.app.compare import check
 from mofasgd.app.config import CompareConfig, PretrainConfig
+from mofasgd.app.tune.config import FinetuneConfig, GlueConfig, ProfileConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,15 +44,26 @@ def failure(capsys, *arguments):
     return status, error
 
 
+def valid(command, config):
+    """Check a configuration as its command would before it begins."""
+    if command == "compare":
+        check(config)
+    elif command == "pretrain":
+        resolve(config.optimizer)
+    else:
+        pytest.importorskip("trl")
+        from mofasgd.app.tune import glue, methods
+
+        (glue.specs if command == "glue" else methods.resolve)(config)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_config_is_valid(path):
     keys = yaml.safe_load(path.read_text())
-    if "methods" in keys:
-        config = parse("compare", "--config", path)
-        check(config)
-        assert list(config.methods) == list(keys["methods"])
-        return
-    resolve(parse("pretrain", "--config", path).optimizer)
+    command = "glue" if "task" in keys else "compare" if "methods" in keys else "pretrain"
+    config = parse(command, "--config", path)
+    valid(command, config)
+    assert "methods" not in keys or list(config.methods) == list(keys["methods"])
 
 
 def documented():
@@ -67,13 +79,12 @@ def documented():
 def test_calls_in_the_documents_are_valid(monkeypatch, tmp_path, call):
     monkeypatch.chdir(ROOT)
     # What a line of the page would have left before the next.
-    left = write_config(tiny(tmp_path), tmp_path / "config.yaml")
-    command, *arguments = [str(left) if word == "runs/book/config.yaml" else word for word in shlex.split(call)]
-    config = parse(command, *arguments)
-    if command == "compare":
-        check(config)
-    else:
-        resolve(config.optimizer)
+    left = {
+        "runs/book/config.yaml": write_config(tiny(tmp_path), tmp_path / "book.yaml"),
+        "runs/finetune/config.yaml": write_config(FinetuneConfig(), tmp_path / "finetune.yaml"),
+    }
+    command, *arguments = [str(left.get(word, word)) for word in shlex.split(call)]
+    valid(command, parse(command, *arguments))
 
 
 def test_the_demo_is_one_of_the_runs_behind_its_rates():
@@ -89,6 +100,21 @@ def test_the_demo_is_one_of_the_runs_behind_its_rates():
         return [dataclasses.astuple(job) for job in jobs]
 
     assert set(runs(demo)) <= set(runs(rates))
+
+
+def test_the_fine_tuning_table_is_valid(monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from finetune_table import config_of, read
+
+    from mofasgd.app.tune.methods import resolve
+
+    table, specs = read(["--config", str(ROOT / "benchmarks" / "finetune_gsm8k.yaml"), "--base.model", "a"])
+    runs = [config_of(table, method, seed) for spec in specs for method in spec.rates.values() for seed in table.seeds]
+    assert {len(spec.rates) for spec in specs} == {3}
+    assert all(resolve(run) for run in runs)
+    # No two runs share a folder.
+    assert len({run.out for run in runs}) == len(runs) == 3 * 2 * len(table.methods)
 
 
 def test_flags_override_the_file(tmp_path):
@@ -179,7 +205,16 @@ def fields(kind, prefix=""):
             yield prefix + field.name
 
 
-@pytest.mark.parametrize(("command", "kind"), [("pretrain", PretrainConfig), ("compare", CompareConfig)])
+KINDS = {
+    "pretrain": PretrainConfig,
+    "compare": CompareConfig,
+    "finetune": FinetuneConfig,
+    "glue": GlueConfig,
+    "profile": ProfileConfig,
+}
+
+
+@pytest.mark.parametrize(("command", "kind"), KINDS.items())
 def test_the_help_explains_every_key(command, kind):
     parser = cli._parser(command, cli._load(command), kind)
     explained = {action.dest: action.help for action in parser._actions}
@@ -193,6 +228,38 @@ def test_the_module_is_a_program():
     done = subprocess.run([sys.executable, "-m", "mofasgd.cli", "nothing"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "no command 'nothing'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("finetune", ["--methd", "lora"], "did you mean 'method'"),
+        ("finetune", ["--data.trian", "a"], "did you mean 'data.train'"),
+        ("finetune", ["--batch_size", 6, "--micro_batch_size", 4], "batch_size=6 is no multiple of micro_batch_size=4"),
+        ("finetune", ["--warmup", 0.5], "warmup=0.5 and cooldown=0.95 overlap"),
+        ("finetune", ["--device", "tpu"], "device='tpu' is unknown"),
+        ("finetune", ["--data.context", 1], "data.context=1"),
+        ("glue", ["--seeds", "[1, 1]"], "seeds=[1, 1]"),
+        ("glue", ["--task", "rtee"], "task='rtee' is unknown; did you mean 'rte'?"),
+        ("profile", ["--steps", 0], "steps=0"),
+        ("profile", [], "model is empty"),
+    ],
+)
+def test_a_wrong_call_of_fine_tuning_ends_in_one_line(capsys, monkeypatch, tmp_path, command, arguments, message):
+    pytest.importorskip("trl")
+    monkeypatch.chdir(tmp_path)
+    status, error = failure(capsys, command, *arguments)
+    assert status in (1, 2)
+    assert message in error
+
+
+def test_fine_tuning_without_its_extra_names_the_fix():
+    script = "import sys; sys.modules['trl'] = None; from mofasgd.cli import main; sys.exit(main(['finetune']))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "pip install 'mofasgd[tune]'" in done.stderr
+    listed = subprocess.run([sys.executable, "-X", "importtime", "-m", "mofasgd.cli", "--help"], capture_output=True)
+    assert b" transformers" not in listed.stderr
 
 
 def test_without_the_extra_the_fix_is_named():

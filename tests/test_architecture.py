@@ -28,7 +28,7 @@ LAYERS = [
     {"base"},
     {"optimizer"},
     {"authors"},
-    {"hf"},
+    {"hf", "memory"},
     {"app"},
     {"cli"},
     {"paper"},

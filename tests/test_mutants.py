@@ -8,18 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from mutants import app, attach, core, hf, paper
+from mutants import app, attach, core, hf, paper, tune
 
 ROOT = Path(__file__).parents[1]
 
-PARTS = (core, attach, app, hf, paper)
+PARTS = (core, attach, app, hf, paper, tune)
 
 pytestmark = pytest.mark.slow
 
 
 def case(part, value, name):
-    absent = part is hf and importlib.util.find_spec("transformers") is None
-    return pytest.param(value, id=name, marks=pytest.mark.skipif(absent, reason="needs transformers"))
+    needed = {hf: "transformers", tune: "trl"}.get(part)
+    absent = needed is not None and importlib.util.find_spec(needed) is None
+    return pytest.param(value, id=name, marks=pytest.mark.skipif(absent, reason=f"needs {needed}"))
 
 
 def run(source, *tests):

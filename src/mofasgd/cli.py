@@ -17,6 +17,9 @@ from mofasgd.options import did_you_mean
 COMMANDS = {
     "pretrain": "mofasgd.app.run:pretrain",
     "compare": "mofasgd.app.compare:compare",
+    "finetune": "mofasgd.app.tune.commands:finetune",
+    "glue": "mofasgd.app.tune.commands:glue",
+    "profile": "mofasgd.app.tune.commands:profile",
 }
 """Command -> function of one configuration dataclass; imported when asked for. Its docstring is the command's help."""
 

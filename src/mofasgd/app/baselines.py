@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -149,17 +149,8 @@ def resolve(config: OptimizerConfig) -> Settings:
         ValueError: for an unknown method, a setting that it does not have, or a value out of range.
     """
     check_choice("optimizer.name", config.name, tuple(METHODS))
-    defaults = METHODS[config.name].defaults
     given = {k: v for k, v in dataclasses.asdict(config).items() if v is not None and k != "name"}
-    for key, value in given.items():
-        if key not in defaults:
-            fits = [name for name, method in METHODS.items() if key in method.defaults]
-            raise ValueError(
-                f"optimizer.{key}={value!r} does not apply to {config.name}, which has {', '.join(defaults)}: "
-                f"drop it (it is a setting of {', '.join(fits)})"
-            )
-    settings = defaults | given
-    _check(settings)
+    settings = fill({name: method.defaults for name, method in METHODS.items()}, config.name, given, "optimizer.")
     if "beta_start" in given and not settings["beta_warmup_steps"]:
         raise ValueError(
             f"optimizer.beta_start={settings['beta_start']:g} takes effect with optimizer.beta_warmup_steps only"
@@ -167,20 +158,39 @@ def resolve(config: OptimizerConfig) -> Settings:
     return settings
 
 
-def _check(settings: Settings) -> None:
+def fill(table: Mapping[str, Settings], name: str, given: Settings, prefix: str = "") -> Settings:
+    """Return the settings of the row `name` of a table of defaults, replaced by `given`; `prefix` is for errors.
+
+    Raises:
+        ValueError: for a setting that the row does not have, or a value out of range.
+    """
+    defaults = table[name]
+    for key, value in given.items():
+        if key not in defaults:
+            fits = [other for other, settings in table.items() if key in settings]
+            raise ValueError(
+                f"{prefix}{key}={value!r} does not apply to {name}, which has {', '.join(defaults)}: "
+                f"drop it (it is a setting of {', '.join(fits)})"
+            )
+    settings = defaults | given
+    _check(settings, prefix)
+    return settings
+
+
+def _check(settings: Settings, prefix: str) -> None:
     """Check what the optimizers behind the table do not check, or would report under another name."""
-    numbers = ("lr", "adamw_lr", "head_lr", "eps", "weight_decay", "scale", "gradient_scale", "max_grad_norm")
-    for key in (*numbers, "complement", "eta1", "eta2", "clip_eps", "max_value"):
+    numbers = ("lr", "adamw_lr", "head_lr", "eps", "weight_decay", "scale", "gradient_scale", "alpha")
+    for key in (*numbers, "max_grad_norm", "complement", "eta1", "eta2", "clip_eps", "max_value"):
         if settings.get(key) is not None:
-            check_number(f"optimizer.{key}", settings[key], 0.0)
+            check_number(f"{prefix}{key}", settings[key], 0.0)
     for key in ("beta", "beta_start"):
         if key in settings:
-            check_number(f"optimizer.{key}", settings[key], 0.0, 1.0)
+            check_number(f"{prefix}{key}", settings[key], 0.0, 1.0)
     for value in settings.get("betas", ()):
-        check_number("optimizer.betas", value, 0.0, 1.0)
+        check_number(f"{prefix}betas", value, 0.0, 1.0)
     for key, low in (("rank", 1), ("gap", 1), ("ns_steps", 1), ("beta_warmup_steps", 0)):
         if key in settings:
-            check_whole(f"optimizer.{key}", settings[key], low)
+            check_whole(f"{prefix}{key}", settings[key], low)
 
 
 def build(model: GPT, config: OptimizerConfig, seed: int) -> tuple[list[Optimizer], Settings]:

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import re
-import signal
 import statistics
-import threading
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import Any
 
+from mofasgd.app.apart import sweep
 from mofasgd.app.baselines import resolve
 from mofasgd.app.config import CompareConfig, PretrainConfig
 from mofasgd.app.display import Display
@@ -38,9 +33,9 @@ class Job:
     config: PretrainConfig
 
     @property
-    def key(self) -> tuple[str, float, int]:
-        """What tells a run from the others."""
-        return self.label, self.lr, self.seed
+    def name(self) -> str:
+        """What it is called in messages."""
+        return f"{self.label}, lr {self.lr:g}, seed {self.seed}"
 
 
 def check(config: CompareConfig) -> None:
@@ -137,62 +132,14 @@ def check_same_data(runs: Iterable[dict[str, Any]]) -> None:
         raise ValueError(f"the data changed between the runs of {first!r} and {second!r}: name another --out")
 
 
-def _follow(parent: BaseProcess) -> None:
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _child(job: Job, workers: int, pipe: Connection) -> None:
-    parent = parent_process()
-    assert parent is not None
-    # Without its parent it saves and stops: nobody would collect the result.
-    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
-    try:
-        pipe.send(_execute(job, workers))
-    except Exception as error:  # for the parent to tell
-        pipe.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-
-
-def _execute_apart(job: Job, workers: int) -> dict[str, Any] | str:
-    """Run a job in a process of its own, which takes a broken GPU context with it; return an error as text."""
-    context = get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(job, workers, sender))
-    process.start()
-    sender.close()
-    try:
-        answer: dict[str, Any] | str = receiver.recv()
-    except EOFError:
-        answer = "killed"
-    process.join()
-    return answer if process.exitcode == 0 else f"{answer} (exit status {process.exitcode})"
-
-
 def _sweep(jobs: list[Job], results: Results, workers: int) -> None:
     """Run `jobs` and keep their results; raise Stopped if any failed, after the others have finished."""
-    if workers == 1:
-        for job in jobs:
-            results.add(_execute(job, workers))
-        return
-    display, failures = Display(), []
-    with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(_execute_apart, job, workers): job for job in jobs}
-        try:
-            for future in as_completed(futures):
-                job, run = futures[future], future.result()
-                name = f"{job.label}, lr {job.lr:g}, seed {job.seed}"
-                if isinstance(run, str):
-                    failures.append(f"{name}: {run}")
-                    display.note(failures[-1])
-                    continue
-                results.add(run)
-                loss = run["validation_loss"]
-                display.note(f"{name}: {'diverged' if loss is None else f'validation loss {loss:.4f}'}")
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            raise
-    if failures:
-        raise Stopped(f"{len(failures)} of {len(jobs)} runs failed, the first: {failures[0]}")
+
+    def told(run: dict[str, Any]) -> str:
+        loss = run["validation_loss"]
+        return "diverged" if loss is None else f"validation loss {loss:.4f}"
+
+    sweep(jobs, partial(_execute, workers=workers), workers, results.add, lambda job: job.name, told)
 
 
 def _row(config: CompareConfig, label: str, runs: list[dict[str, Any]]) -> dict[str, Any]:

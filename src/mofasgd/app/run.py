@@ -5,12 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
-import signal
-import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
@@ -25,56 +20,10 @@ from mofasgd.app.errors import Diverged, Stopped
 from mofasgd.app.files import locked, read_json, write_json, write_text
 from mofasgd.app.identity import check_same_run, identity, plain
 from mofasgd.app.record import JsonLines, Sink, TensorBoard, WandB, environment, read_metrics
+from mofasgd.app.signals import catch_signals
 from mofasgd.app.trainer import Trainer
+from mofasgd.app.usage import Clock, out_of_memory
 from mofasgd.snapshot import check_recordable, save_recording, start_recording
-
-
-@contextmanager
-def _catch_signals() -> Iterator[list[str]]:
-    """Yield a list that receives the name of SIGINT or SIGTERM; a second signal acts at once."""
-    caught: list[str] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        caught.append(signal.Signals(number).name)
-        signal.signal(number, before[signal.Signals(number)])
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class Clock:
-    """Time spent training, without evaluations and checkpoints.
-
-    Attributes:
-        seconds: since step 0, over all sessions of the run.
-        laps: (seconds, steps) between two log lines of this session.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.laps: list[tuple[float, int]] = []
-        self._begin = time.perf_counter()
-
-    def lap(self, steps: int) -> float:
-        """End an interval of `steps` steps; return its seconds per step."""
-        spent = time.perf_counter() - self._begin
-        self.seconds += spent
-        self.laps.append((spent, steps))
-        self.skip()
-        return spent / steps
-
-    def skip(self) -> None:
-        """Leave out the time since the last lap."""
-        self._begin = time.perf_counter()
-
-    def per_step(self) -> float | None:
-        """Return the mean seconds per step; the first interval, which warms up, counts only if it is alone."""
-        laps = self.laps[1:] or self.laps
-        return sum(seconds for seconds, _ in laps) / sum(steps for _, steps in laps) if laps else None
 
 
 class Session:
@@ -201,7 +150,7 @@ class Session:
             Stopped: when interrupted, diverged, or data or disk failed; what was reached is saved if it can be.
         """
         config, trainer = self.config, self.trainer
-        with _catch_signals() as caught, self.display.running(config.steps, trainer.step):
+        with catch_signals() as caught, self.display.running(config.steps, trainer.step):
             self.clock.skip()
             try:
                 while trainer.step < config.steps:
@@ -317,7 +266,7 @@ def train(config: PretrainConfig, display: Display) -> dict[str, Any]:
             finally:
                 session.close()
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
         raise Stopped(
             f"out of memory: {str(error).splitlines()[0]}. Lower micro_batch_size="

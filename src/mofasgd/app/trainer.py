@@ -13,6 +13,7 @@ from mofasgd.app.config import PretrainConfig
 from mofasgd.app.data import Windows, check_vocabulary, evaluation_batches, load
 from mofasgd.app.model import GPT, token_loss
 from mofasgd.app.schedule import apply_schedule, lr_multiplier
+from mofasgd.app.usage import peak_megabytes
 from mofasgd.attach import Handle
 from mofasgd.optimizer import MoFaSGD
 
@@ -200,10 +201,4 @@ class Trainer:
 
     def peak_megabytes(self) -> float:
         """Return the peak memory in MB: allocated on a GPU, resident on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 1e6
-        import resource
-        import sys
-
-        # Kilobytes on Linux, bytes on a Mac.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+        return peak_megabytes(self.device)

@@ -1,0 +1,1 @@
+"""Fine-tuning of Hugging Face models: `mofasgd finetune`, `mofasgd glue` and `mofasgd profile`."""
