@@ -40,6 +40,9 @@ Products in float64 leave an error of some 1e-15 in that square, hence 1e-5 in t
 _SHIFT = 1e-13
 """Of unit diagonals: far above what rounding takes from a pivot of a Cholesky factorization, so that none fails."""
 
+_TINY = 16
+"""Rows or columns below which a matrix on a GPU is for LAPACK's routines."""
+
 _DIRECT = {"cpu": 1 << 30, "cuda": 64}
 """Rows of the largest core whose singular vectors are found at once: by LAPACK, by Jacobi rotations."""
 
@@ -68,9 +71,11 @@ class Weights(NamedTuple):
     right: Tensor
 
 
-def by_gram(solver: str, dtype: torch.dtype) -> bool:
-    """Return whether `solver` (a name of `SOLVERS`) works by Gram matrices on factors of `dtype`."""
-    return solver == "gram" or (solver == "auto" and dtype is torch.float32)
+def by_gram(solver: str, left: Tensor, right: Tensor) -> bool:
+    """Return whether `solver` (a name of `SOLVERS`) works by Gram matrices on (B, m, .) and (B, n, .)."""
+    # Nothing is won on tiny matrices, and on a GPU a stack of 4 x 6 has been seen to fail.
+    tiny = left.is_cuda and min(left.shape[1], right.shape[1]) < _TINY
+    return solver == "gram" or (solver == "auto" and left.dtype is torch.float32 and not tiny)
 
 
 def gram(A: Tensor, B: Tensor) -> Tensor:
@@ -214,7 +219,8 @@ def solve(small: Small, beta: float | Tensor, factor: Tensor | None) -> Weights:
     # Where momentum and gradient cancel, what is left of them in float32 is no direction.
     left, right = (g.diagonal(dim1=-2, dim2=-1)[:, r:].sqrt() * f for g in small[:2])
     terms = (real * torch.maximum(torch.maximum(left, right), beta * s)).amax(dim=-1, keepdim=True)
-    found = torch.where(found > torch.finfo(torch.float32).eps * terms, found, 0.0)
+    # A factorization that failed stays visible as NaN.
+    found = torch.where(found <= torch.finfo(torch.float32).eps * terms, 0.0, found)
     return Weights(Nu @ _complete(X), found, Nv @ Y)
 
 

@@ -105,7 +105,7 @@ def first_factors(solver: str, firsts: Sequence[FirstWindow], observed: list[Ten
     if firsts[0].dense:
         return truncated_svd(observed[0], firsts[0].rank)
     each = len(observed[0]) // len(firsts)
-    if by_gram(solver, observed[0].dtype):
+    if by_gram(solver, *observed):
         return _first_by_gram(firsts, *observed)
     parts = zip(firsts, *(torch.split(t, each) for t in observed), strict=True)
     found = [init_factors(Y, Z, first.left(Y.device), first.rank) for first, Y, Z in parts]

@@ -101,7 +101,7 @@ class GramProblem:
 
 def problem(solver: str, stored: Factors, GV: Tensor, GtU: Tensor) -> ExactProblem | GramProblem:
     """Return the problem of one batch; `solver` is a name of `SOLVERS`."""
-    if by_gram(solver, stored.U.dtype):
+    if by_gram(solver, stored.U, stored.V):
         return GramProblem(stored, GV, GtU)
     return ExactProblem(stored, GV, GtU)
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mofasgd.kernels import pointers
-from mofasgd.kernels.common import matrix_at, operand, precision, random_words, stochastic_bfloat16
+from mofasgd.kernels.common import matrix_at, operand, precision, stochastic_bfloat16, tile_halves
 
 
 @triton.jit
@@ -51,16 +51,7 @@ def _apply(
             T = tl.load(right + k[:, None] * n + columns[None, :], mask=real[:, None] & column[None, :], other=0.0)
             value -= tl.dot(L.to(DOT), T.to(DOT), input_precision=PRECISION)
         if STOCHASTIC:
-            if EVEN:
-                # Neighbours share a word.
-                pairs = start // 2 + tl.arange(0, N // 2)
-                number = (before // 2).to(tl.int32) + rows[:, None] * (n // 2) + pairs[None, :]
-                words = random_words(keys + 2 * param, step, number)
-                halves = tl.interleave(words & 0xFFFF, words >> 16)
-            else:
-                element = before + rows[:, None].to(tl.int64) * n + columns[None, :]
-                words = random_words(keys + 2 * param, step, (element >> 1).to(tl.int32))
-                halves = tl.where((element & 1) == 0, words & 0xFFFF, words >> 16)
+            halves = tile_halves(keys + 2 * param, step, before, rows, start, n, N, EVEN)
             tl.store(W + inside, stochastic_bfloat16(value, halves), mask=mask)
         else:
             tl.store(W + inside, value.to(W.dtype.element_ty), mask=mask)

@@ -40,7 +40,9 @@ def _gram(U, S, parts, m, rank, chunk, T: tl.constexpr, M: tl.constexpr):
         parts += (batch * tl.num_programs(1) + part) * width * width
         mask = (left < width)[:, None] & (right < width)[None, :]
         tl.store(parts + left[:, None] * width + right[None, :], total, mask=mask)
-        tl.store(parts + left[:, None] + right[None, :] * width, total, mask=mask)
+        if i < j:
+            # Of a tile on the diagonal two threads would write the same element, which of them is last.
+            tl.store(parts + left[:, None] + right[None, :] * width, total, mask=mask)
 
 
 @triton.jit
