@@ -6,8 +6,7 @@ MUTANTS = [
     Mutant(
         "no completion of null directions",
         "algebra.py",
-        "    missing = Q.square().sum(dim=-2, keepdim=True) < 0.5\n    return orthonormal(torch.where(missing, fill, Q))[0]\n"
-        "\n\ndef complete_frame",
+        "    return orthonormal(torch.where(missing, fill, Q))[0]\n\n\ndef complete_frame",
         "    return Q\n\n\ndef complete_frame",
         "test_solver.py::test_the_update_keeps_its_budget_on_every_spectrum",
     ),
@@ -35,7 +34,7 @@ MUTANTS = [
     Mutant(
         "what a cancelled momentum leaves is a direction",
         "algebra.py",
-        "found = torch.where(found > torch.finfo(torch.float32).eps * terms, found, 0.0)",
+        "found = torch.where(found <= torch.finfo(torch.float32).eps * terms, 0.0, found)",
         "pass",
         "test_robustness.py::test_a_momentum_of_exactly_zero_is_not_dead",
     ),
