@@ -63,7 +63,8 @@ class MoFaSGD(FactoredOptimizer):
             Factored parameters count with the norm of Ghat.
         state_dtype: dtype of factors and of AdamW's moments, float32 or float64.
         stochastic_rounding: round bfloat16 weights at random, unbiased and reproducible, instead of to nearest.
-        solver: "svd" (exact) or "auto" (the best for device and size; today always "svd").
+        solver: "svd" (QR and LAPACK's SVD), "gram" (Gram matrices in float64 and small algebra that all shapes of a
+            rank share; `mofasgd.algebra` has its budget), or "auto": "gram" for factors in float32.
         seed: of the start's test matrices and of stochastic rounding; torch's generators are not used.
         adamw_betas, adamw_eps: defaults of the AdamW groups.
         eta1, clip_eps, max_value: for update="reciprocal" only: factor of the step, the singular value at or below
