@@ -57,7 +57,7 @@ MUTANTS = [
         "stack.py",
         "        state[key] = part\n",
         "        pass\n",
-        "test_optimizer.py::test_ten_steps_equal_the_dense_algorithm",
+        "test_stack.py::test_parameters_of_one_shape_train_as_they_do_alone",
     ),
     Mutant(
         "neighbours round by the same half",
@@ -91,7 +91,7 @@ MUTANTS = [
         "rotations stop early",
         "kernels/jacobi.py",
         "TOLERANCE = 1e-4",
-        "TOLERANCE = 0.3",
+        "TOLERANCE = 2.0",
         "test_kernels.py::test_rotated_rows_are_orthogonal_and_keep_the_singular_values",
     ),
     Mutant(
