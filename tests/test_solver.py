@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from test_robustness import kinds_of_gradient
 
-from mofasgd import algebra
+from mofasgd import MoFaSGD, algebra
 from mofasgd.gradient import FirstWindow, first_factors
 from mofasgd.layout import MatrixShape
 from mofasgd.momentum import Factors, moving, real_factors, sketch
@@ -165,3 +166,42 @@ def test_the_start_by_gram_matrices_is_that_of_the_reference(kind, rank):
         errors[solver] = torch.linalg.matrix_norm(G.double() - (U * s[:, None, :]) @ V.mT)
     size = torch.linalg.matrix_norm(G.double())
     assert (errors["gram"] <= 1.02 * errors["svd"] + 1e-5 * size).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank"), [((32, 256), 32), ((64, 256), 48), ((60, 50), 50), ((16, 40), 16), ((5, 4, 6), 4)]
+)
+def test_no_factorization_fails_on_hard_gradients(shape, rank, monkeypatch):
+    # A factorization that stops half way leaves numbers on a CPU and NaN on a GPU.
+    factorize, failures = torch.linalg.cholesky_ex, []
+
+    def watched(*args, **options):
+        found = factorize(*args, **options)
+        failures.append(found.info.any())
+        return found
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", watched)
+    W = torch.nn.Parameter(torch.randn(shape, device=DEVICE))
+    opt = MoFaSGD([W], lr=0.01, rank=rank)
+    for i in range(120):
+        G = torch.ones(shape) if i % 7 == 6 else torch.as_tensor(kinds_of_gradient(shape, i)).float()
+        W.grad = G.to(DEVICE)
+        opt.step()
+    assert failures
+    assert not torch.stack(failures).any()
+    for Q in opt.factors(W)[::2]:
+        eye = torch.eye(Q.shape[-1], device=DEVICE)
+        assert (Q.mT @ Q - eye).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((256, 256), 32), ((128, 512), 128)])
+def test_constant_gradients_between_random_ones_keep_the_factors_orthonormal(shape, rank):
+    # All columns of the sketches are parallel.
+    W = torch.nn.Parameter(torch.randn(shape, device=DEVICE))
+    opt = MoFaSGD([W], lr=0.01, rank=rank)
+    for i in range(6):
+        W.grad = torch.ones(shape, device=DEVICE) + (i % 2) * torch.randn(shape, device=DEVICE)
+        opt.step()
+        # The start of a matrix of this size is LAPACK's SVD of G, which float32 leaves 2e-5 short.
+        for Q in opt.factors(W)[::2] if i else ():
+            assert (Q.mT @ Q - torch.eye(rank, device=DEVICE)).abs().max() <= 1e-5

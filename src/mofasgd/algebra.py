@@ -14,8 +14,8 @@ R W with small W. Between the two lies algebra of 2r x 2r matrices, one batch fo
 
 Gram matrices square what they are made of, so they are summed and factorized in float64, where half the digits are
 still more than float32 has. Budget against the exact update, as tests hold it: error at most 1.02 times the best
-rank-r error plus 1e-5 |beta M + Ghat|, columns orthonormal to 1e-5. Above rank 64 the core's leading right space comes
-from subspace iteration; up to there nothing is approximate but rounding.
+rank-r error plus 1e-5 |beta M + Ghat|, columns orthonormal to 1e-5. On CUDA, above rank 32, the core's leading
+right space comes from subspace iteration; otherwise nothing is approximate but rounding.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ DEPENDENT = 6e-11
 Products in float64 leave an error of some 1e-15 in that square, hence 1e-5 in the length of what is kept."""
 
 _SHIFT = 1e-13
-"""Of unit diagonals: far above what rounding takes from a pivot of a Cholesky factorization, so that none fails."""
+"""Of unit diagonals and 8 columns: above what rounding takes from a pivot of a Cholesky factorization."""
 
-_TINY = 16
-"""Rows or columns below which a matrix on a GPU is for LAPACK's routines."""
+_WIDEST = 1024
+"""Columns of what is still worked on by Gram matrices on a GPU: factors, or the first window's sketches."""
 
 _DIRECT = {"cpu": 1 << 30, "cuda": 64}
 """Rows of the largest core whose singular vectors are found at once: by LAPACK, by Jacobi rotations."""
@@ -73,9 +73,9 @@ class Weights(NamedTuple):
 
 def by_gram(solver: str, left: Tensor, right: Tensor) -> bool:
     """Return whether `solver` (a name of `SOLVERS`) works by Gram matrices on (B, m, .) and (B, n, .)."""
-    # Nothing is won on tiny matrices, and on a GPU a stack of 4 x 6 has been seen to fail.
-    tiny = left.is_cuda and min(left.shape[1], right.shape[1]) < _TINY
-    return solver == "gram" or (solver == "auto" and left.dtype is torch.float32 and not tiny)
+    # Jacobi rotations hold a core in registers: wider ones are for LAPACK's routines.
+    wide = left.is_cuda and left.shape[-1] > _WIDEST
+    return solver == "gram" or (solver == "auto" and left.dtype is torch.float32 and not wide)
 
 
 def gram(A: Tensor, B: Tensor) -> Tensor:
@@ -103,11 +103,16 @@ def independent_columns(gram: Tensor) -> tuple[Tensor, Tensor]:
     A N has orthonormal columns, and zeros where a column of A depends on those before it (`DEPENDENT`); R has zero
     rows there. Float64.
     """
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    R1, _ = torch.linalg.cholesky_ex(gram + _SHIFT * eye, upper=True)
+    k = gram.shape[-1]
+    eye = torch.eye(k, dtype=gram.dtype, device=gram.device)
+    # The largest eigenvalue, and rounding with it, grows with k.
+    R1, _ = torch.linalg.cholesky_ex(gram + _SHIFT * max(1.0, k / 8) * eye, upper=True)
     N1 = torch.linalg.solve_triangular(R1, eye.expand_as(gram), upper=True)
+    # A dependent column leaves the shift times its squared coefficients in the others, which may be large: such a
+    # pivot is told by the short column that it makes.
     real = R1.diagonal(dim1=-2, dim2=-1).square() > DEPENDENT
-    R1, N1 = R1 * real[:, :, None], N1 * real[:, None, :]
+    real &= (N1.mT @ gram @ N1).diagonal(dim1=-2, dim2=-1) > 0.5
+    R1, N1 = torch.where(real[:, :, None], R1, 0.0), torch.where(real[:, None, :], N1, 0.0)
     # The shift has left columns a little short; of them as they are, the second factorization is exact.
     R2, _ = torch.linalg.cholesky_ex(N1.mT @ gram @ N1 + torch.diag_embed((~real).to(gram.dtype)), upper=True)
     return R2 @ R1, torch.linalg.solve_triangular(R2, N1, upper=True, left=False)
@@ -152,7 +157,7 @@ def complete_frame(Q: Tensor) -> Tensor:
 
 def _right_vectors(core: Tensor, rank: int) -> Tensor:
     """Return the leading right singular vectors (B, k, rank) of core (B, k, k), in falling order, or zeros."""
-    if core.shape[-1] > _DIRECT[core.device.type] and rank < core.shape[-1]:
+    if core.shape[-1] > _DIRECT.get(core.device.type, 1 << 30) and rank < core.shape[-1]:
         Y = _leading_space(core, rank)
         # core Y = X B, and the singular vectors of the rank x rank matrix B turn Y
         _, _, B = orthonormal(core @ Y)
@@ -167,9 +172,11 @@ def _right_vectors(core: Tensor, rank: int) -> Tensor:
     from mofasgd.kernels.jacobi import orthogonal_rows
 
     rows = orthogonal_rows(core.float())
-    lengths, order = torch.linalg.vector_norm(rows, dim=-1).topk(rank, dim=-1)
+    lengths, order = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).topk(rank, dim=-1)
     rows = rows.gather(1, order[:, :, None].expand(-1, -1, rows.shape[-1])).double()
-    rows = rows / lengths.clamp(min=1e-30)[:, :, None]
+    # What is left of the null space is no direction; completions take its place.
+    real = lengths > 1e-12 * lengths[:, :1]
+    rows = torch.where(real[:, :, None], rows / torch.where(real, lengths, 1.0)[:, :, None], 0.0)
     return rows.mT
 
 

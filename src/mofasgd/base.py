@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -221,5 +222,7 @@ class FactoredOptimizer(Optimizer):
         settings = "_max_grad_norm state_dtype stochastic_rounding solver seed _factored_defaults _adamw_defaults"
         kept = {key: self.__dict__[key] for key in (*settings.split(), "_nonfinite", "_reported", "_norm")}
         parent: dict[str, Any] = super().__getstate__()
+        # Each entry is a view of a stack, all of which a pickle would hold for it.
+        state = {p: {k: v.clone() for k, v in entry.items()} for p, entry in self.state.items()}
         # A copy is not attached: the model's layers sketch for the original.
-        return {**parent, **kept, "_pending": None, "_handle": None}
+        return {**parent, "state": defaultdict(dict, state), **kept, "_pending": None, "_handle": None}

@@ -210,7 +210,7 @@ class MoFaSGD(FactoredOptimizer):
                     plain = AdamWMember(param, param.grad, group, state, rounding)
                     unfactored.setdefault((id(group), param.device), []).append(plain)
                 continue
-            if not self.state[param]:
+            if not self.state.get(param):
                 continue
             member = self._member(index, param, group)
             key = (id(group), member.shape, param.device, param.dtype)

@@ -109,7 +109,7 @@ def gaussian(rows: int, columns: int, key: int | Tensor, device: torch.device, d
     says: a layer under autocast then multiplies by the very matrix that the step inverts in float32.
     """
     result = torch.empty(rows, columns, dtype=dtype, device=device)
-    if usable(device) and result.numel() < 1 << 31:
+    if usable(device) and result.numel() < 1 << 30:
         from mofasgd.kernels.gaussian import fill_gaussian
 
         fill_gaussian(result[None], keys_on((key,), device) if isinstance(key, int) else key[None])
@@ -130,7 +130,7 @@ def gaussian(rows: int, columns: int, key: int | Tensor, device: torch.device, d
 
 def gaussians(rows: int, columns: int, keys: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return `gaussian` matrices of several keys (len(keys), rows, columns)."""
-    if not usable(device) or rows * columns >= 1 << 31:
+    if not usable(device) or rows * columns >= 1 << 30:
         return torch.stack([gaussian(rows, columns, key, device, dtype) for key in keys])
     from mofasgd.kernels.gaussian import fill_gaussian
 

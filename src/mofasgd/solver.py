@@ -60,7 +60,7 @@ class ExactProblem:
         mask = active[:, None, None]
         GV, GtU = torch.where(mask, self.GV, 0.0), torch.where(mask, self.GtU, 0.0)
         if factor is not None:
-            GV, GtU = GV * factor, GtU * factor
+            GV, GtU = GV * factor.to(GV.device), GtU * factor.to(GV.device)
         return update_factors(*self.before, GV, GtU, beta)
 
 
@@ -160,7 +160,8 @@ def solve_all(batches: Sequence[Batch], factor: Tensor | None) -> Iterator[Facto
         smalls = [batch.small for batch, _, _ in (batches[i] for i in members) if isinstance(batch, GramProblem)]
         joined = Small(*(torch.cat(parts) for parts in zip(*smalls, strict=True)))
         counts = [len(small.s) for small in smalls]
-        solved = solve(joined, batches[members[0]][1], factor)
+        here = None if factor is None else factor.to(joined.s.device)
+        solved = solve(joined, batches[members[0]][1], here)
         parts = [_split(part, counts) for part in solved]
         found |= {i: Weights(*part) for i, part in zip(members, zip(*parts, strict=True), strict=True)}
     for i, (batch, beta, active) in enumerate(batches):

@@ -25,6 +25,13 @@ MUTANTS = [
         "test_kernels.py::test_dependent_columns_are_left_out",
     ),
     Mutant(
+        "the pivot alone tells dependent columns",
+        "algebra.py",
+        "real &= (N1.mT @ gram @ N1).diagonal(dim1=-2, dim2=-1) > 0.5",
+        "pass",
+        "test_solver.py::test_no_factorization_fails_on_hard_gradients",
+    ),
+    Mutant(
         "too few subspace iterations",
         "algebra.py",
         "for power in (core, core.mT, H, *[fourth] * _ITERATIONS):",

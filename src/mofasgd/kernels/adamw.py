@@ -137,5 +137,5 @@ def adamw_list(
             table, flags, rows, rows if keys is None else keys, numel, count,
             WEIGHT=_TYPES[weights[0].dtype], GRAD=_TYPES[grads[0].dtype],
             STOCHASTIC=keys is not None and weights[0].dtype is torch.bfloat16,
-            ALIGNED=aligned, WIDE=numel >= 2**31, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False,
+            ALIGNED=aligned, WIDE=numel > 2**31 - _BLOCK, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

@@ -38,7 +38,7 @@ def _gaussian(result, keys, count, BLOCK: tl.constexpr):
 
 
 def fill_gaussian(result: Tensor, keys: Tensor) -> None:
-    """Fill contiguous matrices (p, rows, columns) of fewer than 2^31 elements each by keys (p, 2), `rng.key_tensor`."""
+    """Fill contiguous matrices (p, rows, columns) of at most 2^30 elements each by keys (p, 2), `rng.key_tensor`."""
     count = result[0].numel()
     with torch.cuda.device_of(result):
         _gaussian[(triton.cdiv(count, 1024), len(result))](result, keys, count, BLOCK=1024)
