@@ -1,6 +1,7 @@
 """The authors' command line: their flags unchanged, mapped on the application, and mistakes that are told of."""
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -13,10 +14,11 @@ import yaml
 from authors_case import Theirs
 from torch import nn
 
+from mofasgd.app.config import PretrainConfig
 from mofasgd.app.trainer import Trainer
 from mofasgd.cli import configured
 from mofasgd.paper import keys
-from mofasgd.paper.__main__ import VALIDATION, _flags, main, mapped
+from mofasgd.paper.__main__ import VALIDATION, _flags, _misspelled, main, mapped
 
 MFSGD = (
     '{"lr": 0.0009, "rank": 16, "beta": 0.95, "eta1": 0.25, "eta2": 0, "use_current_projection": true, '
@@ -193,6 +195,7 @@ def test_the_mapped_run_is_the_authors_loop(tmp_path):
         (["--optimizer", "galore", "--config", '{"group_params": {"rnk": 16}}'], "group_params; did you mean 'rank'?"),
         (["--optimizer", "adam", "--config", '{"rank": 16}'], "'rank' is no key of --optimizer adam"),
         (["--optimizer", "mfsg"], "did you mean 'mfsgd'?"),
+        (["--optimizer", "lomuon"], "did you mean 'mfsgd'?"),
         (["--config", '{"rank": 16'], "--config is no JSON"),
         (["--config", "16"], "should be a JSON object"),
         (["--config", '{"lr": "1e-4"}'], "lr='1e-4' is text"),
@@ -215,6 +218,13 @@ def test_the_mapped_run_is_the_authors_loop(tmp_path):
         (["--num-gpus", "3"], "--num-gpus=3 does not divide"),
         (["--mem-start-step", "3"], "--mem-start-step=3 takes effect with --mem-prof only"),
         (["--mem-prof", "--mem-end-step", "3"], "--mem-end-step=3 takes effect with --mem-start-step only"),
+        (["--mem-prof", "--mem-snap-step", "-3"], "--mem-snap-step=-3 should be a whole number of at least 0"),
+        (
+            ["--mem-prof", "--mem-snap-step", "30", "--steps", "30"],
+            "--mem-snap-step or --mem-end-step is too late",
+        ),
+        (["--mem-prof", "--mem-start-step", "5000"], "--mem-start-step is too late, the last step is 1389"),
+        (["--mem-prof", "--mem-start-step", "5", "--mem-end-step", "5"], "--mem-end-step=5 is not after --mem-start"),
         (["--mem-prof", "--device", "cpu"], "--mem-prof records allocations of a CUDA device"),
         ([], "there are no FineWeb shards data/fineweb10B/fineweb_train_*.bin"),
     ],
@@ -277,6 +287,25 @@ def test_a_flag_that_nobody_has_names_the_nearest(capsys):
         main(["--stepz", "3"])
     assert end.value.code == 2
     assert "did you mean 'steps'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "flag"),
+    [
+        ("--num_gpus", "--num-gpus"),
+        ("--dryrun", "--dry-run"),
+        ("--num_gpus=4", "--num-gpus"),
+        ("--optimzer", "--optimizer"),
+    ],
+)
+def test_a_misspelled_flag_of_the_authors_names_it(capsys, word, flag):
+    assert main([word, "4"]) == 2
+    assert f"{word.split('=')[0]}; did you mean '{flag}'?" in capsys.readouterr().err
+
+
+def test_no_flag_of_pretrain_is_taken_for_a_misspelled_one():
+    fields = [f"--{field.name}" for field in dataclasses.fields(PretrainConfig) if field.name != "optimizer"]
+    assert _misspelled([*fields, "--optimizer.lr", "--data.train", "mine"]) is None
 
 
 def test_a_configuration_file_takes_the_place_of_the_base(capsys, tmp_path):
