@@ -45,6 +45,7 @@ def test_the_forks_keys_are_taken_out_and_the_rest_goes_to_llamafactory():
 def test_defaults_are_the_forks():
     options = read({"use_mfsgd": True}, UPSTREAM).options
     assert options["learning_rate_mfsgd"] is options["learning_rate_adamw"] is None
+    assert read({"use_mfsgd": True, "learning_rate_mfsgd": None}, UPSTREAM).options == options
     assert (options["rank"], options["beta"], options["eps"], options["max_value"]) == (2, 0.9, 1e-4, 10000)
     assert read({"stage": "sft", "use_mfsgd": False}, UPSTREAM).method is None
 
@@ -70,6 +71,13 @@ def test_what_another_value_makes_idle_is_noted():
         ({"use_mfsgd": True, "mfsgd_nesterov": True}, "mfsgd_nesterov=True would be without effect"),
         ({"use_mfsgd": True, "mfsgd_use_current_projection": True}, "mfsgd_use_current_projection=True would be"),
         ({"use_mfsgd": True, "mfsgd_nesterov": "yes"}, "mfsgd_nesterov='yes' should be True or False"),
+        *(
+            ({"use_mfsgd": True, key: None}, f"{key}: null is no value: .*default {value}")
+            for key, value in AUTHORS.items()
+            if value is not None
+        ),
+        ({"use_mfsgd": True, "learning_rate_adamw": "abc"}, "^learning_rate_adamw='abc' should be a number"),
+        ({"use_mfsgd": True, "learning_rate_mfsgd": -1.0}, r"^learning_rate_mfsgd=-1.0 should be a number in \[0"),
         ({"use_mfsgd": 1}, "use_mfsgd=1 should be True or False"),
         ({"mfsgd_rank": 8}, "mfsgd_rank=8 would be without effect: add use_mfsgd: true"),
         ({"mofasgd_rank": 8}, "mofasgd_rank=8 would be without effect: add use_mofasgd: true"),

@@ -80,3 +80,10 @@ def test_a_copy_keeps_the_options_and_a_bad_one_raises():
     assert (copy.deepcopy(opt).eta2, copy.deepcopy(opt).nesterov) == (0.7, True)
     with pytest.raises(ValueError, match="eta2=-1"):
         AuthorsMFSGD([nn.Parameter(torch.randn(5, 4))], eta2=-1)
+
+
+@pytest.mark.parametrize("name", ["rank", "beta", "eta1", "eta2", "eps", "max_value", "nesterov"])
+def test_none_is_no_value(name):
+    """MoFaSGD takes some of them for "not given", which would be other defaults."""
+    with pytest.raises(ValueError, match=rf"^{name}=None should be"):
+        AuthorsMFSGD([nn.Parameter(torch.randn(5, 4))], **{name: None})

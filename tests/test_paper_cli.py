@@ -1,6 +1,7 @@
 """The authors' command line: their flags unchanged, mapped on the application, and mistakes that are told of."""
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -13,10 +14,11 @@ import yaml
 from authors_case import Theirs
 from torch import nn
 
+from mofasgd.app.config import PretrainConfig
 from mofasgd.app.trainer import Trainer
 from mofasgd.cli import configured
 from mofasgd.paper import keys
-from mofasgd.paper.__main__ import VALIDATION, _flags, main, mapped
+from mofasgd.paper.__main__ import VALIDATION, _flags, _misspelled, main, mapped
 
 MFSGD = (
     '{"lr": 0.0009, "rank": 16, "beta": 0.95, "eta1": 0.25, "eta2": 0, "use_current_projection": true, '
@@ -193,10 +195,18 @@ def test_the_mapped_run_is_the_authors_loop(tmp_path):
         (["--optimizer", "galore", "--config", '{"group_params": {"rnk": 16}}'], "group_params; did you mean 'rank'?"),
         (["--optimizer", "adam", "--config", '{"rank": 16}'], "'rank' is no key of --optimizer adam"),
         (["--optimizer", "mfsg"], "did you mean 'mfsgd'?"),
+        (["--optimizer", "lomuon"], "did you mean 'mfsgd'?"),
         (["--config", '{"rank": 16'], "--config is no JSON"),
         (["--config", "16"], "should be a JSON object"),
         (["--config", '{"lr": "1e-4"}'], "lr='1e-4' is text"),
         (["--config", '{"nesterov": 1}'], "nesterov=1 should be True or False"),
+        (["--config", '{"lr": [1]}'], "lr=[1] should be a number"),
+        (["--config", '{"cooldown_frac": true}'], "cooldown_frac=True should be a number"),
+        (["--config", '{"scheduler_name": "original_warmup", "lr_warmup_steps": null}'], "lr_warmup_steps=null is no"),
+        (["--config", '{"scheduler_name": "original_warmup", "lr_warmup_steps": [1]}'], "lr_warmup_steps=[1] should"),
+        (["--config", '{"scheduler_name": "original_warmup", "lr_warmup_steps": true}'], "lr_warmup_steps=True should"),
+        (["--config", '{"scheduler_name": "original_warmup", "lr_warmup_steps": 1.5}'], "should be a whole number"),
+        (["--optimizer", "galore", "--config", '{"group_params": {"rank": null}}'], "rank=null is no value"),
         (["--config", '{"lr": -1}'], "optimizer.lr=-1 should be a number"),
         (["--config", '{"beta": 0.9}'], "beta=0.9 would be without effect"),
         (["--config", '{"scheduler_name": "cosine"}'], "scheduler_name='cosine' is not supported"),
@@ -208,6 +218,13 @@ def test_the_mapped_run_is_the_authors_loop(tmp_path):
         (["--num-gpus", "3"], "--num-gpus=3 does not divide"),
         (["--mem-start-step", "3"], "--mem-start-step=3 takes effect with --mem-prof only"),
         (["--mem-prof", "--mem-end-step", "3"], "--mem-end-step=3 takes effect with --mem-start-step only"),
+        (["--mem-prof", "--mem-snap-step", "-3"], "--mem-snap-step=-3 should be a whole number of at least 0"),
+        (
+            ["--mem-prof", "--mem-snap-step", "30", "--steps", "30"],
+            "--mem-snap-step or --mem-end-step is too late",
+        ),
+        (["--mem-prof", "--mem-start-step", "5000"], "--mem-start-step is too late, the last step is 1389"),
+        (["--mem-prof", "--mem-start-step", "5", "--mem-end-step", "5"], "--mem-end-step=5 is not after --mem-start"),
         (["--mem-prof", "--device", "cpu"], "--mem-prof records allocations of a CUDA device"),
         ([], "there are no FineWeb shards data/fineweb10B/fineweb_train_*.bin"),
     ],
@@ -219,6 +236,43 @@ def test_a_mistake_ends_in_one_line(capsys, monkeypatch, tmp_path, arguments, me
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("python -m mofasgd.paper: error: ")
     assert message in error
+
+
+@pytest.mark.parametrize(("optimizer", "key"), [(o, key) for o, table in keys._FALLBACKS.items() for key in table])
+def test_null_is_no_value(capsys, optimizer, key):
+    """Here null would be another default than the one that the key's absence means."""
+    assert main(["--optimizer", optimizer, "--config", json.dumps({key: None}), "--dry-run"]) == 1
+    assert f"{key}=null is no value: give one, or drop the key" in capsys.readouterr().err
+
+
+def test_idle_values_of_a_file_are_refused_or_told_of(capsys, tmp_path):
+    path = tmp_path / "a.yaml"
+    arguments = ["--config-path", str(path), "--dry-run"]
+    path.write_text("momentum: 0.8\n")
+    assert main(["--optimizer", "muon", *arguments]) == 1
+    assert "momentum=0.8 would be without effect" in capsys.readouterr().err
+    path.write_text("lr_warmup_steps: 50\nuse_ones_for_nonzero_s: true\nmax_value: 7\nbeta: 0.5\n")
+    notes = dry(capsys, "--optimizer", "mfsgd", *arguments)["notes"]
+    idle = [note.split()[0] for note in notes if " is idle" in note]
+    assert idle == ["beta=0.5", "max_value", "lr_warmup_steps"]
+
+
+@pytest.mark.parametrize("optimizer", list(keys.BASES))
+def test_the_authors_files_can_be_named(capsys, tmp_path, optimizer):
+    """As --config-path of one's own copy they are what the base configurations are."""
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump(keys.BASES[optimizer]))
+    named = dry(capsys, "--optimizer", optimizer, "--config-path", str(path))
+    assert named == dry(capsys, "--optimizer", optimizer)
+
+
+def test_no_momentum_warm_up(capsys):
+    told = dry(capsys, "--optimizer", "mfsgd", "--config", '{"warmup_steps": 0}')
+    optimizer = told["pretrain"]["optimizer"]
+    assert (optimizer["beta"], optimizer["beta_warmup_steps"], "beta_start" in optimizer) == (0.85, 0, False)
+    assert not any("beta_start" in note and "idle: warmup" in note for note in told["notes"])
+    told = dry(capsys, "--optimizer", "mfsgd", "--config", '{"warmup_steps": 0, "beta_start": 0.5}')
+    assert any("beta_start=0.5 is idle: warmup_steps=0" in note for note in told["notes"])
 
 
 def test_the_guide_names_every_flag_and_key():
@@ -233,6 +287,25 @@ def test_a_flag_that_nobody_has_names_the_nearest(capsys):
         main(["--stepz", "3"])
     assert end.value.code == 2
     assert "did you mean 'steps'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "flag"),
+    [
+        ("--num_gpus", "--num-gpus"),
+        ("--dryrun", "--dry-run"),
+        ("--num_gpus=4", "--num-gpus"),
+        ("--optimzer", "--optimizer"),
+    ],
+)
+def test_a_misspelled_flag_of_the_authors_names_it(capsys, word, flag):
+    assert main([word, "4"]) == 2
+    assert f"{word.split('=')[0]}; did you mean '{flag}'?" in capsys.readouterr().err
+
+
+def test_no_flag_of_pretrain_is_taken_for_a_misspelled_one():
+    fields = [f"--{field.name}" for field in dataclasses.fields(PretrainConfig) if field.name != "optimizer"]
+    assert _misspelled([*fields, "--optimizer.lr", "--data.train", "mine"]) is None
 
 
 def test_a_configuration_file_takes_the_place_of_the_base(capsys, tmp_path):

@@ -62,7 +62,10 @@ class AuthorsMFSGD(MoFaSGD):
         nesterov: bool = False,
         max_value: float = 10000,
     ) -> None:
-        check_number("eta2", eta2, 0.0)
+        # None, which MoFaSGD takes for a default of its own, is no value here.
+        for name, value in {"eta1": eta1, "eta2": eta2, "eps": eps}.items():
+            check_number(name, value, 0.0)
+        check_number("max_value", max_value, 0.0, open_low=True)
         check_flag("use_current_projection", use_current_projection)
         check_flag("use_ones_for_nonzero_s", use_ones_for_nonzero_s)
         check_flag("nesterov", nesterov)

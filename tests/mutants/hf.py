@@ -230,8 +230,8 @@ MUTANTS = [
     Mutant(
         "another optim is ignored",
         "hf/factory.py",
-        "        if optim not in _OPTIMS:\n",
-        "        if False:\n",
+        "    if optim not in _OPTIMS:\n",
+        "    if False:\n",
         "test_hf_refusals.py::test_mistakes_are_refused_before_a_trainer_is_made",
     ),
     Mutant(

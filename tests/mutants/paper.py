@@ -69,4 +69,32 @@ MUTANTS = [
         "        if False:\n            raise",
         "test_llamafactory_keys.py::test_keys_without_effect_are_refused",
     ),
+    Mutant(
+        "null means another default",
+        "paper/keys.py",
+        "        if value is None:",
+        "        if False:",
+        "test_paper_cli.py::test_null_is_no_value",
+    ),
+    Mutant(
+        "a named file is not the user's",
+        "paper/keys.py",
+        '{} if path is None else dict.fromkeys(base, "--config-path")',
+        "{}",
+        "test_paper_cli.py::test_idle_values_of_a_file_are_refused_or_told_of",
+    ),
+    Mutant(
+        "None of the authors' optimizer is another default",
+        "authors.py",
+        "            check_number(name, value, 0.0)",
+        "            pass",
+        "test_paper.py::test_none_is_no_value",
+    ),
+    Mutant(
+        "null of the fork's keys means another default",
+        "hf/llamafactory/keys.py",
+        "if own[key] is None and",
+        "if False and",
+        "test_llamafactory_keys.py::test_keys_without_effect_are_refused",
+    ),
 ]

@@ -135,12 +135,7 @@ def complete(args: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in options.items() if value is not None}
     matched = given.get("lr_scale") == "match_rms_adamw"
     if args is not None:
-        for key in ("optim_args", "optim_target_modules"):
-            if getattr(args, key, None):
-                raise ValueError(f"{key}={getattr(args, key)!r} has no effect on MoFaSGD: give its options as keywords")
-        optim = str(getattr(args.optim, "value", args.optim))
-        if optim not in _OPTIMS:
-            raise ValueError(f"optim={optim!r} has no effect, MoFaSGD replaces it: leave it at {_OPTIMS[0]!r}")
+        refuse_optim(args)
         given = _of_args(args, matched) | given
     if "lr" not in given:
         raise ValueError(
@@ -150,6 +145,16 @@ def complete(args: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     # An optimizer of nothing: for its checks.
     MoFaSGD([{"params": []}], **{key: value for key, value in given.items() if key in _ARGUMENTS})
     return given
+
+
+def refuse_optim(args: Any) -> None:
+    """Raise ValueError if TrainingArguments `args` ask for another optimizer, or for options of one."""
+    for key in ("optim_args", "optim_target_modules"):
+        if getattr(args, key, None):
+            raise ValueError(f"{key}={getattr(args, key)!r} has no effect on MoFaSGD: give its options as keywords")
+    optim = str(getattr(args.optim, "value", args.optim))
+    if optim not in _OPTIMS:
+        raise ValueError(f"optim={optim!r} has no effect, MoFaSGD replaces it: leave it at {_OPTIMS[0]!r}")
 
 
 def _of_args(args: Any, matched: bool) -> dict[str, Any]:

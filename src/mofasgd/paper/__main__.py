@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import glob
 import json
 import sys
@@ -17,7 +18,7 @@ from mofasgd.app.errors import Stopped
 from mofasgd.app.identity import plain
 from mofasgd.app.trainer import choose_device
 from mofasgd.cli import configured
-from mofasgd.options import check_choice
+from mofasgd.options import check_choice, check_whole
 from mofasgd.paper.keys import BASES, merged, schedule_of, settings_of
 from mofasgd.snapshot import check_recordable
 
@@ -64,12 +65,16 @@ def _memory(flags: argparse.Namespace) -> tuple[int, int | None] | None:
     for name, value in (("snap", snap), ("start", begin), ("end", end)):
         if value is not None and not flags.mem_prof:
             raise ValueError(f"--mem-{name}-step={value} takes effect with --mem-prof only: add it")
+        if value is not None:
+            check_whole(f"--mem-{name}-step", value, 0)
     if not flags.mem_prof:
         return None
     if snap is not None and (begin is not None or end is not None):
         raise ValueError(f"--mem-snap-step={snap} records from the start on: drop it, or the other two steps")
     if end is not None and begin is None:
         raise ValueError(f"--mem-end-step={end} takes effect with --mem-start-step only: add it")
+    if end is not None and end <= begin:
+        raise ValueError(f"--mem-end-step={end} is not after --mem-start-step={begin}: raise it")
     if snap is not None:
         return 0, snap + 1
     return (0 if begin is None else begin + 1), (None if end is None else end + 1)
@@ -96,6 +101,8 @@ def mapped(flags: argparse.Namespace, rest: Sequence[str]) -> tuple[Any, Pretrai
     Raises:
         ValueError: for what cannot be mapped.
     """
+    if flags.optimizer == "lomuon":
+        raise ValueError("--optimizer='lomuon' is the authors' earlier name of it; did you mean 'mfsgd'?")
     check_choice("--optimizer", flags.optimizer, tuple(BASES))
     theirs, given = merged(flags.optimizer, flags.config_path, flags.config)
     settings, notes = settings_of(flags.optimizer, theirs, given)
@@ -117,6 +124,18 @@ def mapped(flags: argparse.Namespace, rest: Sequence[str]) -> tuple[Any, Pretrai
     told = plain(config)
     told["optimizer"] = {key: value for key, value in told["optimizer"].items() if value is not None}
     return function, config, {"theirs": theirs, "pretrain": told, "notes": notes}
+
+
+def _misspelled(rest: Sequence[str]) -> str | None:
+    """Return an error for a flag in `rest` that is nearer to one of the authors' than to any of `mofasgd pretrain`."""
+    own = [flag for action in _flags()._actions for flag in action.option_strings]
+    known = [*own, *(f"--{field.name}" for field in dataclasses.fields(PretrainConfig))]
+    for word in rest:
+        name = word.partition("=")[0]
+        near = difflib.get_close_matches(name, known, n=1) if name.startswith("--") and "." not in name else []
+        if near and near[0] in own:
+            return f"unrecognized arguments: {name}; did you mean {near[0]!r}?"
+    return None
 
 
 def _given(rest: Sequence[str], key: str) -> bool:
@@ -143,8 +162,13 @@ def _fitted(config: PretrainConfig, rest: Sequence[str], memory: tuple[int, int 
     if _given(rest, "data.train") and not _given(rest, "data.validation"):
         changes["data"] = dataclasses.replace(config.data, validation=[])
     if memory is not None:
-        begin, end = memory
-        changes["memory_history"] = begin, config.steps if end is None else end
+        begin, end = memory[0], config.steps if memory[1] is None else memory[1]
+        for name, step in (("start-step", begin), ("snap-step or --mem-end-step", end - 1)):
+            if step >= config.steps:
+                raise ValueError(
+                    f"--mem-{name} is too late, the last step is {config.steps - 1}: lower it, or raise --steps"
+                )
+        changes["memory_history"] = begin, end
     return dataclasses.replace(config, **changes)
 
 
@@ -166,6 +190,10 @@ def _check_machine(config: PretrainConfig) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the authors' command line; return its exit status, as `mofasgd.cli.main`."""
     flags, rest = _flags().parse_known_args(arguments)
+    wrong = _misspelled(rest)
+    if wrong is not None:
+        print(f"{PROG}: error: {wrong}", file=sys.stderr)
+        return 2
     try:
         if flags.list_configs:
             print(json.dumps(BASES, indent=1))

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mofasgd.options import check_choice, check_flag, did_you_mean
+from mofasgd.options import check_choice, check_flag, check_number, check_whole, did_you_mean
 
 Config = dict[str, Any]
+Given = Mapping[str, str]
+"""Top-level key -> the flag that brought its value, "--config" or "--config-path"; base configurations bring none."""
 
 BASES: dict[str, Config] = {
     "mfsgd": {"lr": 0.05, "rank": 32, "beta": 0.95, "eta1": 0.25, "eta2": 0, "use_current_projection": True}
@@ -67,8 +69,8 @@ _ONLY: dict[str, dict[str, tuple[Any, str]]] = {
 SCHEDULERS = ("original", "original_warmup")
 
 
-def merged(optimizer: str, path: Path | None, override: str | None) -> tuple[Config, Config]:
-    """Return the authors' configuration of a run, and the part of it that the user's JSON gives.
+def merged(optimizer: str, path: Path | None, override: str | None) -> tuple[Config, Given]:
+    """Return the authors' configuration of a run, and which of its keys the user's file and JSON give.
 
     As in their code, the file takes the place of the base configuration, and JSON overrides whole top-level keys.
 
@@ -80,11 +82,13 @@ def merged(optimizer: str, path: Path | None, override: str | None) -> tuple[Con
     Raises:
         ValueError: for an unreadable file or text, or an unknown key.
     """
-    given = {} if override is None else _from_json(override)
+    changed = {} if override is None else _from_json(override)
     base = BASES[optimizer] if path is None else _from_yaml(path)
-    for source in (base, given):
+    given = {} if path is None else dict.fromkeys(base, "--config-path")
+    given |= dict.fromkeys(changed, "--config")
+    for source in (base, changed):
         _check_keys(source, {**_FALLBACKS[optimizer], **_SCHEDULE}, f"--optimizer {optimizer}")
-    config = {**_FALLBACKS[optimizer], **_SCHEDULE, **base, **given}
+    config = {**_FALLBACKS[optimizer], **_SCHEDULE, **base, **changed}
     if "group_params" in config:
         group = config["group_params"]
         if not isinstance(group, dict):
@@ -120,13 +124,17 @@ def _check_keys(config: Config, known: Mapping[str, Any], where: str) -> None:
     for key, value in config.items():
         if key not in known:
             raise ValueError(f"{key!r} is no key of {where}{did_you_mean(str(key), tuple(known))}")
+        if value is None:
+            raise ValueError(f"{key}=null is no value: give one, or drop the key")
         if isinstance(value, str) and not isinstance(known[key], str):
             raise ValueError(f"{key}={value!r} is text: write a number as 1.0e-4, which YAML reads as one, not 1e-4")
         if isinstance(known[key], bool):
             check_flag(key, value)
+        elif isinstance(known[key], (int, float)):
+            check_number(key, value, float("-inf"))
 
 
-def settings_of(optimizer: str, config: Config, given: Config) -> tuple[Config, list[str]]:
+def settings_of(optimizer: str, config: Config, given: Given) -> tuple[Config, list[str]]:
     """Return the settings of the row `authors_<optimizer>`, and notes on values that are idle.
 
     Raises:
@@ -145,14 +153,19 @@ def settings_of(optimizer: str, config: Config, given: Config) -> tuple[Config, 
     return settings, notes
 
 
-def _mfsgd_notes(flat: Config, given: Config) -> list[str]:
-    """Take `beta` out of `flat`; return notes on what is idle."""
+def _mfsgd_notes(flat: Config, given: Given) -> list[str]:
+    """Take `beta`, and without warm-up `beta_start`, out of `flat`; return notes on what is idle."""
     notes, beta = [], flat.pop("beta")
     if beta != flat["beta_end"]:
         why = f"as in the authors' code the momentum grows from beta_start to beta_end={flat['beta_end']!r}"
-        if "beta" in given:
+        # Their own file has such a beta: told of, not refused.
+        if given.get("beta") == "--config":
             raise ValueError(f"beta={beta!r} would be without effect: {why}; give beta_end")
         notes.append(f"beta={beta!r} is idle: {why}")
+    if not flat["warmup_steps"]:
+        start = flat.pop("beta_start")
+        if "beta_start" in given:
+            notes.append(f"beta_start={start!r} is idle: warmup_steps=0, the momentum is beta_end from the first step")
     if flat["use_current_projection"] and not flat["eta2"]:
         notes.append("use_current_projection is idle, as in the authors' code: eta2=0")
     if flat["use_ones_for_nonzero_s"] and "max_value" in given:
@@ -160,7 +173,7 @@ def _mfsgd_notes(flat: Config, given: Config) -> list[str]:
     return notes
 
 
-def schedule_of(config: Config, given: Config, steps: int) -> tuple[dict[str, float], list[str]]:
+def schedule_of(config: Config, given: Given, steps: int) -> tuple[dict[str, float], list[str]]:
     """Return `warmup` and `cooldown` as shares of the steps, and notes.
 
     Raises:
@@ -174,8 +187,11 @@ def schedule_of(config: Config, given: Config, steps: int) -> tuple[dict[str, fl
         )
     check_choice("scheduler_name", name, SCHEDULERS)
     if name == "original":
-        if "lr_warmup_steps" in given:
-            raise ValueError("lr_warmup_steps takes effect with scheduler_name='original_warmup' only: drop it")
-        return {"warmup": 0.0, "cooldown": config["cooldown_frac"]}, []
+        only = "takes effect with scheduler_name='original_warmup' only"
+        if given.get("lr_warmup_steps") == "--config":
+            raise ValueError(f"lr_warmup_steps {only}: drop it")
+        idle = [f"lr_warmup_steps is idle: it {only}"] if "lr_warmup_steps" in given else []
+        return {"warmup": 0.0, "cooldown": config["cooldown_frac"]}, idle
+    check_whole("lr_warmup_steps", config["lr_warmup_steps"], 0)
     note = "lr_warmup_steps: also embedding and head are warmed up, and the first step's rate is above 0; not so there"
     return {"warmup": config["lr_warmup_steps"] / steps, "cooldown": config["cooldown_frac"]}, [note]

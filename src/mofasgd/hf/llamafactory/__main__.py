@@ -22,6 +22,24 @@ _OWN_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "us
 _OTHER_TRAINERS = ("use_mca", "use_hyper_parallel")
 
 
+def _refuse_rivals(name: str, finetuning: Callable[[str], Any], training: Callable[[str], Any]) -> None:
+    """Raise ValueError for another optimizer beside `name`, and for what shards its weights.
+
+    Args:
+        name: the switch that is on.
+        finetuning, training: a key of LLaMA-Factory's arguments of that kind to its value, or None.
+    """
+    for key in (*_OWN_OPTIMIZERS, *_OTHER_TRAINERS):
+        if finetuning(key):
+            raise ValueError(f"{key}: true and {name}: true ask for two optimizers: drop one of them")
+    ratio = finetuning("loraplus_lr_ratio")
+    if ratio is not None:
+        raise ValueError(f"loraplus_lr_ratio={ratio} and {name}: true: drop one of them")
+    for key in ("deepspeed", "fsdp"):
+        if training(key):
+            raise ValueError(f"{key}={training(key)!r} shards what MoFaSGD steps: use one process or plain torchrun")
+
+
 def refuse(plan: Plan, args: Any, finetuning: Any, stages: Sequence[str]) -> None:
     """Raise ValueError for what LLaMA-Factory can do and MoFaSGD in it cannot.
 
@@ -43,16 +61,7 @@ def refuse(plan: Plan, args: Any, finetuning: Any, stages: Sequence[str]) -> Non
             f"finetuning_type={finetuning.finetuning_type!r} trains small adapters, of which nothing is left to "
             f"factor: with {name} use 'full' or 'freeze'"
         )
-    for key in (*_OWN_OPTIMIZERS, *_OTHER_TRAINERS):
-        if getattr(finetuning, key, False):
-            raise ValueError(f"{key}: true and {name}: true ask for two optimizers: drop one of them")
-    if finetuning.loraplus_lr_ratio is not None:
-        raise ValueError(f"loraplus_lr_ratio={finetuning.loraplus_lr_ratio} and {name}: true: drop one of them")
-    for key in ("deepspeed", "fsdp"):
-        if getattr(args, key, None):
-            raise ValueError(
-                f"{key}={getattr(args, key)!r} shards what MoFaSGD steps: use one process or plain torchrun"
-            )
+    _refuse_rivals(name, lambda key: getattr(finetuning, key, None), lambda key: getattr(args, key, None))
 
 
 def _show_log() -> None:
@@ -83,6 +92,9 @@ def prepare(arguments: Sequence[str]) -> Callable[[], None]:
     # What it reads configurations with.
     sys.argv = [PROG, *arguments]
     plan = read(upstream.hparams.read_args(), upstream.known_keys())
+    if plan.method is not None:
+        # LLaMA-Factory asks for their packages first.
+        _refuse_rivals(f"use_{plan.method}", plan.rest.get, plan.rest.get)
     _, _, args, finetuning, _ = upstream.hparams.get_train_args(dict(plan.rest))
     if plan.recording is not None:
         check_recordable("profile_memory_*")

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from mofasgd.options import check_flag, check_whole, did_you_mean
+from mofasgd.options import check_flag, check_number, check_whole, did_you_mean
 
 Config = dict[str, Any]
 
@@ -157,7 +157,14 @@ def _authors(own: Config) -> tuple[Config, tuple[str, ...]]:
     for key in own:
         if key not in AUTHORS:
             raise ValueError(f"{key!r} is no key of use_mfsgd{did_you_mean(key, tuple(AUTHORS))}")
+        if own[key] is None and AUTHORS[key] is not None:
+            raise ValueError(
+                f"{key}: null is no value: give one, or drop the key for the fork's default {AUTHORS[key]!r}"
+            )
     options = AUTHORS | own
+    for key in ("learning_rate_mfsgd", "learning_rate_adamw"):
+        if options[key] is not None:
+            check_number(key, options[key], 0.0)
     for key in ("mfsgd_nesterov", "mfsgd_use_current_projection", "mfsgd_use_ones_for_nonzero_s"):
         check_flag(key, options[key])
     for key, why in _DEAD.items():

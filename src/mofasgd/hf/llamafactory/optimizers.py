@@ -12,7 +12,7 @@ from mofasgd.attach import MODES
 from mofasgd.authors import AuthorsMFSGD
 from mofasgd.hf.callback import First, MoFaSGDCallback
 from mofasgd.hf.compat import TrainerCallback
-from mofasgd.hf.factory import OptimizerFactory, complete
+from mofasgd.hf.factory import OptimizerFactory, complete, refuse_optim
 from mofasgd.hf.llamafactory.keys import Plan, Recording
 from mofasgd.hf.support import free, real_optimizer, refuse_setup
 from mofasgd.optimizer import MoFaSGD
@@ -35,11 +35,12 @@ def attach_mode(plan: Plan, args: Any) -> str:
 def check(plan: Plan, args: Any) -> None:
     """Raise ValueError for options that no optimizer can be made from; `args` are TrainingArguments."""
     check_choice("mofasgd_attach", attach_mode(plan, args), ("none", *MODES))
+    refuse_optim(args)
     try:
         if plan.method == "mofasgd":
             complete(args, plan.options)
         else:
-            _authors([{"params": []}], plan.options, args)
+            _authors(_groups([], [], plan.options, args), plan.options, args)
     except ValueError as error:
         raise ValueError(f"{plan.method}_*: {error}") from None
 
@@ -51,7 +52,9 @@ def make(plan: Plan, model: nn.Module, args: Any) -> MoFaSGD:
         return OptimizerFactory()(model, args, attach=mode, **plan.options)
     free(model)
     refuse_setup(args, attached=mode != "none")
-    opt = _authors(_groups(model, plan.options, args), plan.options, args)
+    matrices, rest = _parameters(model)
+    groups = [group for group in _groups(matrices, rest, plan.options, args) if group["params"]]
+    opt = _authors(groups, plan.options, args)
     if mode != "none":
         opt.attach(model, mode)
     return opt
@@ -62,8 +65,8 @@ def _authors(groups: list[dict[str, Any]], options: dict[str, Any], args: Any) -
     return AuthorsMFSGD(groups, args.learning_rate, eta2=0.0, **own)
 
 
-def _groups(model: nn.Module, options: dict[str, Any], args: Any) -> list[dict[str, Any]]:
-    """Return the fork's two groups: matrices, and embeddings, head and what has other than two dimensions."""
+def _parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the fork's two parts: matrices, and embeddings, head and what has other than two dimensions."""
     ends = [getattr(model, f"get_{which}_embeddings", lambda: None)() for which in ("input", "output")]
     embeddings = {getattr(end, "weight", None) for end in ends}
     matrices: list[nn.Parameter] = []
@@ -72,16 +75,21 @@ def _groups(model: nn.Module, options: dict[str, Any], args: Any) -> list[dict[s
         if param.requires_grad:
             head = param in embeddings or any(word in name for word in _HEADS)
             (rest if head or param.ndim != 2 else matrices).append(param)
+    if not matrices:
+        raise ValueError("use_mfsgd: the model has no trainable matrix but embeddings and head, see finetuning_type")
+    return matrices, rest
+
+
+def _groups(
+    matrices: list[nn.Parameter], rest: list[nn.Parameter], options: dict[str, Any], args: Any
+) -> list[dict[str, Any]]:
     rates = {key: options[f"learning_rate_{key}"] for key in ("mfsgd", "adamw")}
     lrs = {key: args.learning_rate if rate is None else rate for key, rate in rates.items()}
     adamw = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
-    found = [
+    return [
         {"params": matrices, "lr": lrs["mfsgd"]},
         {"params": rest, "lr": lrs["adamw"], "algorithm": "adamw", **adamw},
     ]
-    if not matrices:
-        raise ValueError("use_mfsgd: the model has no trainable matrix but embeddings and head, see finetuning_type")
-    return [group for group in found if group["params"]]
 
 
 class Trained(TrainerCallback):
