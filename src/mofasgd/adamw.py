@@ -13,7 +13,7 @@ from torch import Tensor
 from mofasgd.apply import TILE, Rounding
 from mofasgd.kernels import usable
 from mofasgd.options import Group, number
-from mofasgd.rng import key_tensor
+from mofasgd.rng import keys_on
 
 Scalar = float | Tensor
 """A number, or a 0-dim tensor."""
@@ -163,7 +163,7 @@ def _step_together(members: list[AdamWMember], active: Tensor, factor: Tensor | 
         active=active,
         numbers=_options_on(members[0].group, device),
         factor=factor,
-        keys=_keys_on(tuple(m.rounding.key for m in members), device) if stochastic else None,
+        keys=keys_on(tuple(m.rounding.key for m in members), device) if stochastic else None,
     )
 
 
@@ -207,11 +207,6 @@ def _options_on(group: Group, device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def _numbers_on(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
-
-
-@functools.lru_cache(maxsize=256)
-def _keys_on(keys: tuple[int, ...], device: torch.device) -> Tensor:
-    return key_tensor(keys, torch.device("cpu")).to(device, non_blocking=True)
 
 
 def _tiles(*tensors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:

@@ -133,24 +133,15 @@ def orthonormal(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return A @ N, N, R * lengths[:, None, :]
 
 
-def _complete(Q: Tensor) -> Tensor:
-    """Return Q (B, k, r) with its zero columns replaced by an orthonormal completion, and orthonormal to the last bit.
+def completed(Q: Tensor, rows: int) -> Tensor:
+    """Return Q (B, k, r) with its zero columns replaced by orthonormal ones in the first `rows` >= r coordinates.
 
-    The completion lies in the first r coordinates, those of U and V, which are always there.
+    The others come back orthonormal to the last bit. Float64.
     """
-    r = Q.shape[-1]
     fill = torch.zeros_like(Q)
     # Any fixed matrix without structure will do.
-    fill[:, :r] = gaussian(r, r, 0, Q.device, Q.dtype)
+    fill[:, :rows] = gaussian(rows, Q.shape[-1], 0, Q.device, Q.dtype)
     fill -= Q @ (Q.mT @ fill)
-    missing = Q.square().sum(dim=-2, keepdim=True) < 0.5
-    return orthonormal(torch.where(missing, fill, Q))[0]
-
-
-def complete_frame(Q: Tensor) -> Tensor:
-    """Return Q (B, m, r) with any zero columns replaced by an orthonormal completion. Float64."""
-    fill = gaussian(Q.shape[-2], Q.shape[-1], 0, Q.device, Q.dtype).expand_as(Q)
-    fill = fill - Q @ (Q.mT @ fill)
     missing = Q.square().sum(dim=-2, keepdim=True) < 0.5
     return orthonormal(torch.where(missing, fill, Q))[0]
 
@@ -220,7 +211,8 @@ def solve(small: Small, beta: float | Tensor, factor: Tensor | None) -> Weights:
     size = torch.where(size > 0, size, 1.0)
     core = core / size
 
-    Y = _complete(_right_vectors(core, r))
+    # Completions lie in the coordinates of U and V, which are always there.
+    Y = completed(_right_vectors(core, r), r)
     X, _, R = orthonormal(core @ Y)
     found = R.diagonal(dim1=-2, dim2=-1).cummin(dim=-1).values * size[:, :, 0]
     # Where momentum and gradient cancel, what is left of them in float32 is no direction.
@@ -228,7 +220,7 @@ def solve(small: Small, beta: float | Tensor, factor: Tensor | None) -> Weights:
     terms = (real * torch.maximum(torch.maximum(left, right), beta * s)).amax(dim=-1, keepdim=True)
     # A factorization that failed stays visible as NaN.
     found = torch.where(found <= torch.finfo(torch.float32).eps * terms, 0.0, found)
-    return Weights(Nu @ _complete(X), found, Nv @ Y)
+    return Weights(Nu @ completed(X, r), found, Nv @ Y)
 
 
 def seen(small: Small, sizes: Tensor) -> tuple[Tensor, Tensor]:

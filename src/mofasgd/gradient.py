@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mofasgd.algebra import by_gram, complete_frame, start
+from mofasgd.algebra import by_gram, completed, start
 from mofasgd.kernels import usable
 from mofasgd.layout import MatrixShape, as_matrices
 from mofasgd.momentum import (
@@ -122,7 +122,8 @@ def _first_by_gram(firsts: Sequence[FirstWindow], Y: Tensor, Z: Tensor) -> Facto
     ZZ = ZZ.mT @ ZZ
     del tall, Psi
     left, s, right = start(YY, ZZ, PY, first.rank)
-    U, V = complete_frame(Y.double() @ left), complete_frame(Z.double() @ right)
+    U = completed(Y.double() @ left, first.shape.m)
+    V = completed(Z.double() @ right, first.shape.n)
     return Factors(U.to(Y.dtype), s.to(Y.dtype), V.to(Y.dtype))
 
 

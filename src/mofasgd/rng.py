@@ -69,7 +69,7 @@ def key_tensor(keys: Sequence[int], device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=1024)
 def keys_on(keys: tuple[int, ...], device: torch.device) -> Tensor:
     """Return `key_tensor`, made once: a step copies nothing to the device that it has copied before."""
-    return key_tensor(keys, device)
+    return key_tensor(keys, torch.device("cpu")).to(device, non_blocking=True)
 
 
 def random_words(key: int | Tensor, step: int | Tensor, start: int, count: int, device: torch.device) -> Tensor:
