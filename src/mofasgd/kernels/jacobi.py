@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 SWEEPS = 15
-"""More than any matrix has needed; then rows that are still not orthogonal stay so."""
+"""At most. Cores of full rank stop well before; rows of rounding noise in others may stay at any angle."""
 
 TOLERANCE = 1e-4
 """Cosine between rows below which a sweep was the last: the convergence is quadratic, so that it leaves some 1e-8."""
