@@ -1,6 +1,6 @@
 """One of two processes of the tests with ranks: runs the cases of a module and writes what came out.
 
-    python dist_ranks.py MODULE RANK FOLDER
+python dist_ranks.py MODULE RANK FOLDER
 """
 
 import importlib
