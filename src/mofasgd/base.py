@@ -103,6 +103,12 @@ class FactoredOptimizer(Optimizer):
         self._pending = None
         if group["algorithm"] == "adamw":
             return new_adamw(param, self.state_dtype)
+        if param.dim() < 2:
+            # A group with a vector in it is refused, so this has been put in place of a matrix since.
+            raise ValueError(
+                f"parameter {index} of shape {tuple(param.shape)} was a matrix when the optimizer was made: something "
+                "(DeepSpeed ZeRO, FSDP1) has flattened it; use FSDP2 (fully_shard) or DDP instead"
+            )
         shape, rank = factored_shape(param, group)
         return new_factored(param, shape, rank, self.state_dtype)
 
