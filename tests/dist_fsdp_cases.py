@@ -4,10 +4,11 @@ import functools
 from contextlib import contextmanager
 
 import torch
+from attached import windows
 from dist_case import loss_of, net, optimizer, outcome, train
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from mofasgd import MoFaSGD
@@ -55,11 +56,8 @@ def trained(rank, mode="auto", dtype=torch.float32, *, no_sync=False, mesh=None,
             model.set_requires_gradient_sync(number == 1)
         yield
         if no_sync and mode == "release":
-            # What is freed must not be gathered: FSDP would hold it in full.
-            groups = [
-                g for m in model.modules() if isinstance(m, FSDPModule) for g in m._get_fsdp_state()._fsdp_param_groups
-            ]
-            assert all(p.unsharded_accumulated_grad is None for g in groups for p in g.fsdp_params)
+            # Else FSDP would hold the gradients in full until a later backward.
+            assert not any(window.empty for window in windows(opt.handle).values())
 
     return outcome(model, opt, train(model, opt, STEPS, rank, before=before))
 
