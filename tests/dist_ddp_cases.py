@@ -55,6 +55,11 @@ def unequal_loss(model, tokens, rank=None):
     return (loss_of(model, first) + loss_of(model, second, skip=True)) / 2
 
 
+def unused_loss(model, tokens, rank=None):
+    """No rank uses two of the layers."""
+    return loss_of(model, tokens, skip=True)
+
+
 def bad_loss(model, tokens, rank=None):
     """The first half's gradient of `raw` is infinite."""
     value = loss_of(model, tokens)
@@ -198,6 +203,7 @@ CASES = {
         trained, mode="release", step_in_backward=True, micro=1, loss=plain_loss, complement=1.0
     ),
     "unequal": functools.partial(trained, loss=unequal_loss),
+    "unused": functools.partial(trained, loss=unused_loss, weight_decay=0.1),
     "not finite": functools.partial(trained, loss=bad_loss, steps=2),
     "long": functools.partial(trained, dtype=torch.bfloat16, steps=50, micro=1, loss=plain_loss, wrap=True),
     "bytes": bytes_of_late_steps,

@@ -42,7 +42,7 @@ def added():
         Window.add = add
 
 
-def trained(rank, mode="auto", dtype=torch.float32, *, no_sync=False, mesh=None, policy=None, **options):
+def trained(rank, mode="auto", dtype=torch.float32, *, steps=STEPS, no_sync=False, mesh=None, policy=None, **options):
     model = net(dtype)
     shape = {} if mesh is None else {"mesh": init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard"))}
     sharded(model, **shape, **({} if policy is None else {"mp_policy": policy}))
@@ -57,9 +57,9 @@ def trained(rank, mode="auto", dtype=torch.float32, *, no_sync=False, mesh=None,
         yield
         if no_sync and mode == "release":
             # Else FSDP would hold the gradients in full until a later backward.
-            assert not any(window.empty for window in windows(opt.handle).values())
+            assert not windows(opt.handle)["up.weight"].empty
 
-    return outcome(model, opt, train(model, opt, STEPS, rank, before=before))
+    return outcome(model, opt, train(model, opt, steps, rank, before=before))
 
 
 def sketches_only(rank):
@@ -158,6 +158,10 @@ CASES = {
     "replicas of shards": functools.partial(trained, mesh=(1, 2)),
     "shards of replicas": functools.partial(trained, mesh=(2, 1), mode="release"),
     "dense shards of replicas": functools.partial(trained, mesh=(2, 1), mode="dense"),
+    "rounded in shards": functools.partial(trained, mode="dense", dtype=torch.bfloat16, steps=1, weight_decay=0.1),
+    "rounded whole": functools.partial(
+        trained, mode="dense", dtype=torch.bfloat16, steps=1, mesh=(2, 1), weight_decay=0.1
+    ),
     "sketches only": sketches_only,
     "swapped": swapped,
     "resumed": resumed,

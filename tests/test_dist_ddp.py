@@ -64,6 +64,14 @@ def test_a_rank_that_does_not_use_a_layer_counts_with_zeros(pair):
     check(agreed(pair, "unequal"), alone(torch.float32, cases.STEPS, loss=cases.unequal_loss))
 
 
+def test_what_no_rank_uses_does_not_move_or_decay(pair):
+    found = agreed(pair, "unused")
+    check(found, alone(torch.float32, cases.STEPS, loss=cases.unused_loss, weight_decay=0.1))
+    start = net().state_dict()
+    for name in ("up.weight", "up.bias", "down.weight"):
+        assert torch.equal(found.weights[name], start[name]), name
+
+
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(pair):
     found = agreed(pair, "not finite")
     check(found, alone(torch.float32, 2, loss=cases.bad_loss))
