@@ -1,5 +1,6 @@
 """What two replicas do; run in both of them by dist_ranks.py."""
 
+import copy
 import functools
 import gc
 from contextlib import nullcontext
@@ -139,6 +140,7 @@ def orders(rank):
     handle = opt.attach(model)
     ddp = DDP(model)
     found["detach"] = message(handle.detach)
+    found["copy"] = hasattr(copy.deepcopy(model), "_ddp_params_and_buffers_to_ignore")
     loss_of(ddp, tokens).backward()
     opt.step()
     found["detach later"] = message(handle.detach)

@@ -42,8 +42,20 @@ def added():
         Window.add = add
 
 
-def trained(rank, mode="auto", dtype=torch.float32, *, steps=STEPS, no_sync=False, mesh=None, policy=None, **options):
+def trained(
+    rank,
+    mode="auto",
+    dtype=torch.float32,
+    *,
+    steps=STEPS,
+    no_sync=False,
+    mesh=None,
+    policy=None,
+    checkpointed=False,
+    **options,
+):
     model = net(dtype)
+    model.checkpointed = checkpointed
     shape = {} if mesh is None else {"mesh": init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard"))}
     sharded(model, **shape, **({} if policy is None else {"mp_policy": policy}))
     opt = optimizer(model, **options)
@@ -85,7 +97,7 @@ def swapped(rank):
         group["params"] = [new[names[p]] for p in group["params"]]
     with added() as seen:
         norms = train(model, opt, STEPS, rank)
-    return outcome(model, opt, norms), "up.weight" in seen
+    return outcome(model, opt, norms), "up.weight" in seen, len(opt.state_dict()["state"])
 
 
 def resumed(rank):
@@ -155,6 +167,7 @@ CASES = {
     "dense no_sync": functools.partial(trained, mode="dense", no_sync=True),
     "auto no_sync": functools.partial(trained, no_sync=True),
     "release no_sync": functools.partial(trained, mode="release", no_sync=True),
+    "checkpointed": functools.partial(trained, checkpointed=True),
     "replicas of shards": functools.partial(trained, mesh=(1, 2)),
     "shards of replicas": functools.partial(trained, mesh=(2, 1), mode="release"),
     "dense shards of replicas": functools.partial(trained, mesh=(2, 1), mode="dense"),

@@ -120,6 +120,7 @@ def test_ddp_around_more_than_the_attached_module_is_refused_with_the_order(pair
 def test_detaching_inside_ddp_is_refused_with_the_fix_and_leaves_no_trace_after_it(pair, when):
     assert "Drop the wrapper first (model = ddp.module; del ddp)" in pair[0]["orders"][when]
     assert pair[0]["orders"]["left"] is False
+    assert pair[0]["orders"]["copy"] is False
 
 
 def test_parameters_leave_ddp_s_buckets_and_the_user_s_list_stays(pair):
