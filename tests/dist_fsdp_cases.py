@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from mofasgd import MoFaSGD
 from mofasgd.attach.window import Window
+from mofasgd.dist.shards import whole
 
 STEPS = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -101,19 +102,20 @@ def swapped(rank):
 
 
 def resumed(rank):
-    """Two steps, then two more of another optimizer with the first one's state."""
+    """Two steps, then two more of another optimizer with the first one's state, which was saved whole."""
     model = sharded(net())
     opt = optimizer(model)
     train(model, opt, STEPS, rank)
-    whole = outcome(model, opt, [])
+    unbroken = outcome(model, opt, [])
     model = sharded(net())
     opt = optimizer(model)
     norms = train(model, opt, 2, rank)
     other = optimizer(model)
-    other.load_state_dict(opt.state_dict())
-    other.attach(model, "release").detach()
+    saved = opt.state_dict()
+    saved["state"] = {i: {key: whole(value) for key, value in entry.items()} for i, entry in saved["state"].items()}
+    other.load_state_dict(saved)
     norms += train(model, other, STEPS - 2, rank, first=2)
-    return whole, outcome(model, other, [])
+    return unbroken, outcome(model, other, [])
 
 
 def message(function, *args, **kwargs):
