@@ -25,7 +25,7 @@ from mofasgd.options import Group, number
 from mofasgd.residual import residual_factors, row_scales
 from mofasgd.residual import square_norm as row_norm
 from mofasgd.rng import ROUNDING, key_of, keys_on
-from mofasgd.solver import ExactProblem, GramProblem, measure, problem, solve_all
+from mofasgd.solver import ExactProblem, GramProblem, measure, problem
 from mofasgd.stack import stacked
 
 
@@ -169,7 +169,7 @@ class Update:
     def sketch(self) -> None:
         """Sketch the gradients: set `problem`."""
         sketches = sketch_all([member.gradient for member in self.members], self.stored.U, self.stored.V, self.b)
-        self.problem = problem(self.context.solver, self.stored, *sketches)
+        self.problem = problem(self.context.solver, self.stored, *sketches, self.beta)
 
     def observe(self) -> None:
         """Set `finite`, `active` and `square_norms` by the sketches, once their problem has been measured."""
@@ -177,11 +177,8 @@ class Update:
         self.judge(self.problem.finite, self.problem.nonzero, self.problem.square_norms)
 
     def judge(self, finite: Tensor, nonzero: Tensor, squares: Tensor) -> None:
-        """Decide which matrices move: a parameter is skipped as a whole, a zero slice of a stack on its own.
-
-        A gradient whose squared norm is beyond float64 is not finite.
-        """
-        self.finite = self._by_parameter(finite & squares.isfinite())
+        """Decide which matrices move: a parameter is skipped as a whole, a zero slice of a stack on its own."""
+        self.finite = self._by_parameter(finite)
         self.active = self.context.gated(self._by_matrix(self.finite) & nonzero)
         self.square_norms = torch.where(self.active, squares, 0.0)
 
@@ -210,10 +207,10 @@ class Update:
         sizes = torch.stack(torch._foreach_norm(matrices, 2, dtype=torch.float64))
         return self.problem.spaces(torch.where(self.active, sizes, 0.0))
 
-    def after(self, solved: Factors | None, factor: Tensor | None) -> Factors:
-        """Return the factors after the step from the solution of `problem`; `factor` scales the gradient."""
-        assert solved is not None
-        return solved
+    def after(self, factor: Tensor | None) -> Factors:
+        """Return the factors after the step, anything where not `active`; `factor` (0-dim) scales the gradient."""
+        assert self.problem is not None
+        return self.problem.solve(factor, self.active)
 
     def _matrices(self, key: str) -> Tensor:
         """Return an entry of all states as a batch of matrices; it shares their memory."""
@@ -228,7 +225,7 @@ class Update:
     def take(self, after: Factors, factor: Tensor | None) -> None:
         """Advance momenta and weights; `factor` (0-dim) has scaled the gradient of the factors `after`."""
         # Finite sketches may still add up to a momentum beyond the largest number.
-        fits = self._by_parameter(after.s.isfinite().all(dim=-1) | ~self.active)
+        fits = self._by_parameter((after.s.sum(dim=-1) < math.inf) | ~self.active)
         self.finite = self.finite & fits
         active = self.active & self._by_matrix(fits)
         before = None if self.context.displace is None else self.before()
@@ -321,8 +318,6 @@ def observe_all(updates: Sequence[Update]) -> None:
 
 def take_all(updates: Sequence[Update], factor: Tensor | None) -> None:
     """Advance the momenta and weights of all updates; `factor` (0-dim) scales the gradients."""
-    batches = [(u.problem, u.beta, u.active) for u in updates if u.problem is not None]
-    solved = solve_all(batches, factor)
     for update in updates:
         own = None if factor is None else factor.to(update.active.device)
-        update.take(update.after(None if update.problem is None else next(solved), own), own)
+        update.take(update.after(own), own)

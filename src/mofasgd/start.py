@@ -71,11 +71,11 @@ class Start(Update):
             self.square_norms.index_copy(0, self.pending, squares),
         )
 
-    def after(self, solved: Factors | None, factor: Tensor | None) -> Factors:
+    def after(self, factor: Tensor | None) -> Factors:
         """Return M_1 of the matrices that start, the update of those that have started."""
         s = self.s if factor is None else self.s * factor
         first = self.first._replace(s=s.to(self.first.s.dtype))
-        return first if solved is None else self._with(solved, first)
+        return first if self.every else self._with(super().after(factor), first)
 
     def before(self) -> Factors:
         """Return M_1 of the matrices that start: it has no factors before it; the complement is taken of its own."""
