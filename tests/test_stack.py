@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mofasgd import MoFaSGD
-from mofasgd.stack import stacked
+from mofasgd.buckets import stacked
 
 SHAPE = (12, 9)  # small: the start is the gradient's own SVD, which no parameter's index enters
 

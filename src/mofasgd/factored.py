@@ -16,46 +16,16 @@ import torch
 from torch import Tensor
 
 from mofasgd.apply import Rounding, apply_update
+from mofasgd.buckets import Bucket, Member
 from mofasgd.complement import complement_scale, normalized_complement
-from mofasgd.gradient import Gradient, dense_tensors, sketch_all
+from mofasgd.gradient import dense_tensors, sketch_all
 from mofasgd.kernels import usable
 from mofasgd.layout import MatrixShape, as_matrices
 from mofasgd.momentum import Factors, moving
 from mofasgd.options import Group, number
 from mofasgd.residual import residual_factors, row_scales
 from mofasgd.residual import square_norm as row_norm
-from mofasgd.rng import ROUNDING, key_of, keys_on
 from mofasgd.solver import ExactProblem, GramProblem, measure, problem
-from mofasgd.stack import stacked
-
-
-@dataclass
-class Member:
-    """A factored parameter in this step.
-
-    Attributes:
-        index: number of the parameter in the optimizer, as in its state_dict.
-        param, group, state: the weight, its group, its state (`mofasgd.state`).
-        shape: how it is cut into matrices; b of them below.
-        gradient: of this window, not scaled by `factor`; None without one.
-        factor: of the gradient (clipping and GradScaler's scale), 0-dim, once it is known; None: 1.
-        spaces: what the complement leaves out, (b, m, 2r) and (b, n, 2r), once it is known and if it is asked for.
-    """
-
-    index: int
-    param: Tensor
-    group: Group
-    state: dict[str, Tensor]
-    shape: MatrixShape
-    gradient: Gradient | None
-    factor: Tensor | None = None
-    spaces: tuple[Tensor, Tensor] | None = None
-
-    def dense(self) -> Tensor:
-        """Return the gradient as matrices (b, m, n)."""
-        if self.gradient is None:
-            return torch.zeros_like(as_matrices(self.param, self.shape))
-        return self.gradient.dense()
 
 
 class Displacement(NamedTuple):
@@ -160,9 +130,10 @@ class Update:
 
     problem: ExactProblem | GramProblem | None
 
-    def __init__(self, members: list[Member], context: Context) -> None:
-        self.members, self.context = members, context
-        self.group, self.shape, self.b = members[0].group, members[0].shape, members[0].shape.batch
+    def __init__(self, bucket: Bucket, context: Context) -> None:
+        self.bucket, self.members, self.context = bucket, bucket.members, context
+        first = bucket.members[0]
+        self.group, self.shape, self.b = first.group, first.shape, first.shape.batch
         self.stored = Factors(*(self._matrices(key) for key in Factors._fields))
         self.sketch()
 
@@ -214,7 +185,7 @@ class Update:
 
     def _matrices(self, key: str) -> Tensor:
         """Return an entry of all states as a batch of matrices; it shares their memory."""
-        stack = stacked([member.state for member in self.members], key)
+        stack = self.bucket.stack(key)
         return stack.view(len(self.members) * self.b, *stack.shape[1 + len(self.shape.lead) :])
 
     def parts(self) -> Iterator[tuple[slice, Member]]:
@@ -246,9 +217,8 @@ class Update:
         for new, old in zip(after, self.stored, strict=True):
             mask = active.view(-1, *[1] * (old.dim() - 1))
             torch.where(mask, new.view(old.shape), old, out=old)
-        states = [member.state for member in self.members]
-        stacked(states, "initialized").view(-1).logical_or_(active)
-        self.steps = stacked(states, "step")
+        self.bucket.stack("initialized").view(-1).logical_or_(active)
+        self.steps = self.bucket.stack("step")
         self.steps += active if self.b == 1 else active.view(-1, self.b).any(dim=1)
 
     def _has_kernel(self) -> bool:
@@ -282,7 +252,7 @@ class Update:
             square_norm = square_norm + c * c * row_norm(scales)
         rates, keep = self._rates(active, lr_factor(self.group, self.shape, square_norm))
         keep = torch.ones_like(rates) if keep is None else keep
-        keys = keys_on(tuple(key_of(self.context.seed, ROUNDING, m.index) for m in self.members), U.device)
+        keys = self.bucket.rounding_keys(self.context.seed)
         weights = [member.param for member in self.members]
         left, how = U * (height * rates[:, None])[:, None, :], self.context.stochastic_rounding
         if spaces is None:
@@ -321,3 +291,5 @@ def take_all(updates: Sequence[Update], factor: Tensor | None) -> None:
     for update in updates:
         own = None if factor is None else factor.to(update.active.device)
         update.take(update.after(own), own)
+        for member in update.members:
+            member.forget()

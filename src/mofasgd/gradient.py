@@ -178,7 +178,7 @@ def dense_tensors(gradients: Sequence[Gradient | None], dtype: torch.dtype) -> l
     return tensors if usable(device) and own is not torch.float64 else []
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DenseGradient:
     """The gradient as a tensor of the parameter's shape, read only."""
 

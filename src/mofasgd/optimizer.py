@@ -13,9 +13,10 @@ from mofasgd.adamw import AdamWMember, AdamWUpdate
 from mofasgd.algebra import SOLVERS
 from mofasgd.apply import Rounding
 from mofasgd.base import FactoredOptimizer
+from mofasgd.buckets import Arrangement, Bucket, Member
 from mofasgd.clipping import count_bad, measure
-from mofasgd.factored import Context, Displace, Member, Update, observe_all, take_all
-from mofasgd.gradient import DenseGradient, Gradient
+from mofasgd.factored import Context, Displace, Update, observe_all, take_all
+from mofasgd.gradient import DenseGradient
 from mofasgd.options import Group, check_choice, check_flag, check_polar, check_whole, complete
 from mofasgd.start import Start
 from mofasgd.state import factored_shape, waiting
@@ -84,6 +85,8 @@ class MoFaSGD(FactoredOptimizer):
     `mofasgd.momentum`; the published code's own step is `mofasgd.paper.AuthorsMFSGD`.
     """
 
+    _arrangement: Arrangement | None
+
     # GradScaler then hands over `grad_scale` and `found_inf` instead of deciding on the host.
     _step_supports_amp_scaling = True
 
@@ -116,7 +119,7 @@ class MoFaSGD(FactoredOptimizer):
             raise ValueError(
                 f"state_dtype={state_dtype} should be float32 or float64: bfloat16 factors lose orthonormality"
             )
-        self._handle, self._taken = None, Taken()
+        self._handle, self._taken, self._arrangement = None, Taken(), None
         self.max_grad_norm = max_grad_norm
         self.state_dtype, self.stochastic_rounding = state_dtype, stochastic_rounding
         self.solver, self.seed = solver, seed
@@ -178,7 +181,6 @@ class MoFaSGD(FactoredOptimizer):
         self.materialize()
         gate = found_inf.reshape(()) == 0 if isinstance(found_inf, Tensor) else None
 
-        self._check()
         updates = self._observe(gate)
         observe_all([update for update in updates if isinstance(update, Update)])
         squares = self._taken.squares + [update.square_norms.sum() for update in updates]
@@ -197,64 +199,51 @@ class MoFaSGD(FactoredOptimizer):
 
     def _observe(self, gate: Tensor | None) -> list[Update | AdamWUpdate]:
         """Return the observed parameters with a gradient, the factored ones in batches."""
-        context = self._context(gate)
-        starting: dict[tuple[Any, ...], tuple[list[Member], list[int]]] = {}
-        buckets: dict[tuple[Any, ...], list[Member]] = {}
-        unfactored: dict[tuple[Any, ...], list[AdamWMember]] = {}
-        assert self._pending is not None
-        for index, param, group in self._parameters():
-            if group["algorithm"] == "adamw":
-                if param.grad is not None:
-                    state = self.state[param]
-                    rounding = Rounding.of(self.stochastic_rounding, self.seed, index, state["step"])
-                    plain = AdamWMember(param, param.grad, group, state, rounding)
-                    unfactored.setdefault((id(group), param.device), []).append(plain)
-                continue
-            if not self.state.get(param):
-                continue
-            member = self._member(index, param, group)
-            key = (id(group), member.shape, param.device, param.dtype)
-            pending = self._pending.get(param)
-            if pending is None:
-                buckets.setdefault(key, []).append(member)
-            elif member.gradient is not None:
-                # Stacks that have started in part go alone.
-                alone = index if len(pending) < member.shape.batch else None
-                starting.setdefault((*key, alone), ([], pending))[0].append(member)
-        updates: list[Update | AdamWUpdate] = [AdamWUpdate(plain, gate) for plain in unfactored.values()]
-        for members, pending in starting.values():
-            some = Start.most(members[0])
-            updates += [Start(members[i : i + some], pending, context) for i in range(0, len(members), some)]
-        # A started parameter without a gradient stays beside the others, lest their state be moved in memory.
-        started = (members for members in buckets.values() if any(m.gradient is not None for m in members))
-        return updates + [Update(members, context) for members in started]
-
-    def _check(self) -> None:
-        """Raise ValueError for what no step can be taken with, before any gradient is read or sketch used up."""
-        for index, param, group in self._parameters():
+        arranged, context = self._arranged(), self._context(gate)
+        for index, param, _ in self._parameters():
             if param.grad is not None and param.grad.is_sparse:
                 raise ValueError(f"parameter {index} has a sparse gradient: build its embedding with sparse=False")
-            state = self.state.get(param)
-            if group["algorithm"] == "adamw" or not state:
-                continue
-            kept, (_, rank) = state["s"].shape[-1], factored_shape(param, group)
-            if kept != rank:
-                raise ValueError(
-                    f"parameter {index} has a momentum of rank {kept} but its group now says {rank}: the rank of a "
-                    "running optimizer is fixed"
-                )
+        unfactored: dict[tuple[Any, ...], list[AdamWMember]] = {}
+        for index, param, group in arranged.unfactored:
+            if param.grad is not None:
+                state = self.state[param]
+                rounding = Rounding.of(self.stochastic_rounding, self.seed, index, state["step"])
+                plain = AdamWMember(param, param.grad, group, state, rounding)
+                unfactored.setdefault((id(group), param.device), []).append(plain)
+        updates: list[Update | AdamWUpdate] = [AdamWUpdate(plain, gate) for plain in unfactored.values()]
+        for members, pending in arranged.starting:
+            seen = [member for member in members if self._sees_gradient(member)]
+            count = Start.most(members[0])
+            buckets = (Bucket(seen[i : i + count]) for i in range(0, len(seen), count))
+            updates += [Start(bucket, pending, context) for bucket in buckets]
+        for bucket in arranged.buckets:
+            # One without a gradient stays beside the others, lest their state be moved in memory.
+            some = False
+            for member in bucket.members:
+                some |= self._sees_gradient(member)
+            if some:
+                updates.append(Update(bucket, context))
+        return updates
+
+    def _arranged(self) -> Arrangement:
+        """Return how the parameters step together; raise ValueError if one cannot, before any gradient is read."""
+        assert self._pending is not None
+        if self._arrangement is None or not self._arrangement.fits(self._parameters(), self.state, self._pending):
+            self._arrangement = Arrangement(self._parameters(), self.state, self._pending)
+        return self._arrangement
 
     def _context(self, gate: Tensor | None) -> Context:
         return Context(self.solver, self._displace, self.seed, self.stochastic_rounding, gate)
 
-    def _member(self, index: int, param: Tensor, group: Group) -> Member:
-        """Return a factored parameter with what this step reads of its gradient."""
-        shape, _ = factored_shape(param, group)
-        gradient: Gradient | None = None if param.grad is None else DenseGradient(param.grad, shape)
+    def _sees_gradient(self, member: Member) -> bool:
+        """Note what this step reads of a member's gradient; return whether there is one."""
+        param, member.gradient = member.param, None
         if self._handle is not None and self._handle.sketches(param):
-            self._refuse_full_gradient(group)
-            gradient = self._handle.gradient(param)
-        return Member(index, param, group, self.state[param], shape, gradient)
+            self._refuse_full_gradient(member.group)
+            member.gradient = self._handle.gradient(param)
+        elif param.grad is not None:
+            member.gradient = DenseGradient(param.grad, member.shape)
+        return member.gradient is not None
 
     def _reads_gradient(self, group: Group) -> str | None:
         """Return what makes the step of a group of factored parameters read G itself, or None: its sketches do."""
@@ -267,8 +256,10 @@ class MoFaSGD(FactoredOptimizer):
         assert self._pending is not None
         pending = self._pending.get(param)
         context = self._context(None)
-        member = self._member(index, param, group)
-        update = Start([member], pending, context) if pending else Update([member], context)
+        member = Member(index, param, group, self.state[param], factored_shape(param, group)[0])
+        self._sees_gradient(member)
+        bucket = Bucket([member])
+        update = Start(bucket, pending, context) if pending else Update(bucket, context)
         observe_all([update])
         take_all([update], None)
         self._taken.squares.append(update.square_norms.sum())
@@ -276,7 +267,7 @@ class MoFaSGD(FactoredOptimizer):
         self._taken.started += [param] if pending else []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_taken": Taken()}
+        return {**super().__getstate__(), "_taken": Taken(), "_arrangement": None}
 
     @property
     def _displace(self) -> Displace | None:
@@ -286,6 +277,8 @@ class MoFaSGD(FactoredOptimizer):
     def _settle(self, params: Sequence[Tensor]) -> None:
         """Note which matrices of `params` have started. Waits for the device if there are any."""
         assert self._pending is not None
-        for param in params:
-            del self._pending[param]
-        self._pending |= waiting({param: self.state[param] for param in params})
+        if params:
+            # A new object: what was arranged by the old one no longer holds.
+            started = set(params)
+            kept = {param: places for param, places in self._pending.items() if param not in started}
+            self._pending = kept | waiting({param: self.state[param] for param in params})

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mofasgd.buckets import Bucket, Member
 from mofasgd.complement import seen_spaces
-from mofasgd.factored import Context, Member, Update, clean
+from mofasgd.factored import Context, Update, clean
 from mofasgd.gradient import FirstWindow, first_factors, start_all
 from mofasgd.kernels import usable
 from mofasgd.momentum import Factors, init_widths, power_of_two, real_factors, sketch
@@ -18,14 +19,15 @@ _TOGETHER = 1 << 25
 class Start(Update):
     """Parameters of one shape and group in their first window; one stack alone may hold started matrices as well."""
 
-    def __init__(self, members: list[Member], pending: list[int], context: Context) -> None:
-        """Observe `members`, whose matrices number `pending` (of b each) have no momentum yet."""
+    def __init__(self, bucket: Bucket, pending: list[int], context: Context) -> None:
+        """Observe parameters whose matrices number `pending` (of b each) have no momentum yet."""
+        members = bucket.members
         self.every = len(pending) == members[0].shape.batch
         assert self.every or len(members) == 1
         device = members[0].param.device
         self.pending = torch.arange(len(members) * len(pending), device=device)
         self.places = None if self.every else torch.tensor(pending, device=device)
-        super().__init__(members, context)
+        super().__init__(bucket, context)
 
     @staticmethod
     def most(member: Member) -> int:
