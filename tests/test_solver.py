@@ -61,7 +61,7 @@ KINDS += ["badly scaled", "much larger"]
 
 def solved(U, s, V, G, beta, factor=None, scale=1.0):
     """Return the new factors and the dense beta M + Ghat, in float64, both divided by `scale`."""
-    stored = Factors(*(t.float().to(DEVICE) for t in (U, s * scale, V)))
+    stored = Factors(*(t.float().contiguous().to(DEVICE) for t in (U, s * scale, V)))
     before = real_factors(*stored)
     sketches = [t.float() for t in sketch((G * scale).to(DEVICE), *(before[i].double() for i in (0, 2)))]
     batch = problem("gram", stored, *sketches, beta)

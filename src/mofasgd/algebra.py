@@ -189,7 +189,7 @@ def _right_vectors(core: Tensor, rank: int) -> Tensor:
         return found
     from mofasgd.kernels.jacobi import orthogonal_rows
 
-    rows = orthogonal_rows(core.to(torch.float32, copy=True))
+    rows = orthogonal_rows(core.to(torch.float32, copy=True, memory_format=torch.contiguous_format))
     lengths, order = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).topk(rank, dim=-1)
     rows = rows.gather(1, order[:, :, None].expand(-1, -1, rows.shape[-1]))
     # What is left of the null space is no direction; completions take its place.

@@ -66,6 +66,7 @@ def _combine(U, S, weights, result, active, m, rank, M: tl.constexpr, N: tl.cons
 
 def gram(U: Tensor, S: Tensor, out: Tensor, T: int = 64, M: int = 32, warps: int = 4) -> None:
     """Put [U S]' [U S] into `out` (B, 2r, 2r), float64, contiguous, from float32 (B, m, r) each."""
+    U, S = U.contiguous(), S.contiguous()
     batch, m, rank = U.shape
     T = min(T, max(16, triton.next_power_of_2(2 * rank)))
     tiles = triton.cdiv(2 * rank, T) ** 2
@@ -81,6 +82,7 @@ def gram(U: Tensor, S: Tensor, out: Tensor, T: int = 64, M: int = 32, warps: int
 
 def combine(U: Tensor, S: Tensor, weights: Tensor, active: Tensor, M: int = 64, K: int = 32, warps: int = 4) -> Tensor:
     """Return [U S] W (B, m, r) in float32 from W (B, 2r, r) float64; rows of matrices not `active` (B,) undefined."""
+    U, S = U.contiguous(), S.contiguous()
     batch, m, rank = U.shape
     result = torch.empty_like(U)
     N = min(64, max(16, triton.next_power_of_2(rank)))
