@@ -103,8 +103,9 @@ def test_rotated_rows_are_orthogonal_and_keep_the_singular_values(size):
     # A row is turned some ten times by each of the others, and rounds every time.
     scale = expected[:, :1].clamp(min=1)
     assert ((lengths.sort(descending=True).values[:, :size] - expected).abs() / scale).max() <= 1e-6 * size
-    # Float32 leaves every row an error of the largest one's rounding.
-    inner = ((rows @ rows.mT) / (expected[:, :1] * lengths)[:, :, None].clamp(min=1e-30))[:2]
+    # Float32 leaves every row an error of the largest one's rounding, so two meet at an angle by the longer of them.
+    longer = torch.maximum(lengths[:, :, None], lengths[:, None, :])
+    inner = ((rows @ rows.mT) / (expected[:, :1, None] * longer).clamp(min=1e-30))[:2]
     assert (inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))).abs().max() <= 1e-5
 
 
@@ -116,6 +117,16 @@ def test_test_matrices_are_the_same_to_the_bit(dtype):
     fill_gaussian(found, key_tensor([5, 9], DEVICE))
     for matrix, key in zip(found.cpu(), (5, 9), strict=True):
         assert torch.equal(matrix, gaussian(370, 11, key, torch.device("cpu"), dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norms_keep_their_accuracy_at_every_scale(dtype):
+    from mofasgd.kernels.norm import norms_of
+
+    matrices = [normal(2, 300, 250).mul_(scale).to(dtype) for scale in (1.0, 1e-30, 1e30)]
+    found = norms_of([matrices[0], None, *matrices[1:]], 8)
+    expected = [G.double().square().sum(dim=(-2, -1)).sqrt() for G in matrices]
+    assert torch.allclose(found, torch.cat([expected[0], torch.zeros_like(expected[0]), *expected[1:]]), rtol=1e-6)
 
 
 def test_addresses_are_those_of_the_matrices():

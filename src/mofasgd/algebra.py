@@ -51,7 +51,7 @@ _SMALL = 64
 _DIRECT = {"cpu": 1 << 30, "cuda": 64}
 """Rows of the largest core whose singular vectors are found at once: by LAPACK, by Jacobi rotations."""
 
-_ITERATIONS = 3
+_ITERATIONS = 5
 """Applications of the core's fourth power in subspace iteration."""
 
 

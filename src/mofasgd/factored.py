@@ -174,9 +174,17 @@ class Update:
     def spaces(self) -> tuple[Tensor, Tensor]:
         """Return what the complement leaves out."""
         assert self.problem is not None
+        return self.problem.spaces(torch.where(self.active, self._sizes(), 0.0))
+
+    def _sizes(self) -> Tensor:
+        """Return |G|_F (B,) float64."""
+        tensors = dense_tensors([member.gradient for member in self.members], self.stored.U.dtype)
+        if tensors:
+            from mofasgd.kernels.norm import norms_of
+
+            return norms_of(tensors, len(self.active))
         matrices = [matrix for member in self.members for matrix in member.dense().unbind(0)]
-        sizes = torch.stack(torch._foreach_norm(matrices, 2, dtype=torch.float64))
-        return self.problem.spaces(torch.where(self.active, sizes, 0.0))
+        return torch.stack(torch._foreach_norm(matrices, 2, dtype=torch.float64))
 
     def after(self, factor: Tensor | None) -> Factors:
         """Return the factors after the step, anything where not `active`; `factor` (0-dim) scales the gradient."""

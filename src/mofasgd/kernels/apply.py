@@ -67,6 +67,12 @@ def _apply(
             tl.store(W + inside, value.to(W.dtype.element_ty), mask=mask)
 
 
+def _tiles(rank: int, bfloat16: bool) -> Tiles:
+    if not bfloat16:
+        return Tiles(64, 64, 32, 1024, 4, 2)
+    return Tiles(64 if rank <= 128 else 128, 64, 256, 1024, 4 if rank <= 64 else 8, 3)
+
+
 def apply_factored(
     weights: Sequence[Tensor],
     left: Tensor,
@@ -97,7 +103,7 @@ def apply_factored(
     table, aligned = pointers(weights, slices, m * n * weights[0].element_size(), left.device)
     # Rows of the right factor are read as they lie in a tile of W.
     left, right = left.to(dtype).contiguous(), right.mT.to(dtype).contiguous()
-    t = tiles or (Tiles(64, 64, 256, 1024, 4, 3) if bfloat16 else Tiles(64, 64, 32, 1024, 4, 2))
+    t = tiles or _tiles(rank, bfloat16)
     # Long strips, but enough of them for every multiprocessor.
     chunk = t.N * max(1, min(t.chunk // t.N, batch * triton.cdiv(m, t.M) * triton.cdiv(n, t.N) // 2048))
     R = block(rank, t.R)

@@ -114,7 +114,7 @@ def row_squares(
         left, right, m, n, along, across = right, left, n, m, across, along
     if left.dtype is torch.float16:
         # All columns of the factors at once, where shared memory has room for them.
-        t = tiles or (Tiles(64, 64, 128, 2048, 4, 3) if inner <= 128 else Tiles(64, 64, 256, 2048, 4, 2))
+        t = tiles or (Tiles(64, 32, 128, 2048, 4, 4) if inner <= 128 else Tiles(64, 64, 256, 2048, 4, 2))
     else:
         t = tiles or Tiles(64, 64, 32, 2048, 4, 2)
     parts = triton.cdiv(n, t.chunk)
@@ -240,7 +240,10 @@ def apply_complement(
     weight_table, weight_aligned = pointers(weights, slices, m * n * dtype.itemsize, left.device)
     gradient_table, gradient_aligned = pointers(gradients, slices, m * n * of.itemsize, left.device)
     low = dtype is torch.bfloat16 and of is torch.bfloat16
-    t = tiles or Tiles(64, 64, 128 if A.dtype is torch.float16 else 32, 512, 4, 2)
+    narrow = A.dtype is torch.float16 and inner <= 128
+    t = tiles or (
+        Tiles(128, 64, 128, 1024, 8, 3) if narrow else Tiles(64, 64, 128 if A.dtype is torch.float16 else 32, 512, 4, 2)
+    )
     # Cast here, as by `apply_factored`.
     left, right = left.to(dtype).contiguous(), right.mT.to(dtype).contiguous()
     with torch.cuda.device_of(left):
