@@ -45,9 +45,6 @@ _SHIFT = 1e-13
 _WIDEST = 1024
 """Columns of what is still worked on by Gram matrices on a GPU: factors, or the first window's sketches."""
 
-_SMALL = 64
-"""Columns of the widest Gram matrix that one program of a kernel factorizes."""
-
 _DIRECT = {"cpu": 1 << 30, "cuda": 64}
 """Rows of the largest core whose singular vectors are found at once: by LAPACK, by Jacobi rotations."""
 
@@ -116,7 +113,7 @@ def independent_columns(gram: Tensor) -> tuple[Tensor, Tensor]:
     A N has orthonormal columns, and zeros where a column of A depends on those before it (`DEPENDENT`); R has zero
     rows there. Float64.
     """
-    if usable(gram.device) and gram.shape[-1] <= _SMALL:
+    if usable(gram.device):
         from mofasgd.kernels.columns import independent_columns as on_gpu
 
         return on_gpu(gram, DEPENDENT)
