@@ -188,7 +188,7 @@ MUTANTS = [
     Mutant(
         "a complement asked for later is ignored",
         "optimizer.py",
-        "            self._refuse_full_gradient(group)\n",
+        "            self._refuse_full_gradient(member.group)\n",
         "",
         "test_attach.py::test_what_reads_the_full_gradient_is_refused_with_the_reason",
     ),
@@ -265,8 +265,9 @@ MUTANTS = [
     Mutant(
         "a step is refused after its sketches are used up",
         "optimizer.py",
-        "        self._check()\n        updates = self._observe(gate)\n",
-        "        updates = self._observe(gate)\n        self._check()\n",
+        "            self._arrangement = Arrangement(self._parameters(), self.state, self._pending)\n",
+        "            self._handle and self._handle.clear()\n"
+        "            self._arrangement = Arrangement(self._parameters(), self.state, self._pending)\n",
         "test_attach_failures.py::test_a_refused_step_uses_up_no_sketch",
     ),
 ]
