@@ -41,6 +41,14 @@ def _plus(total: Pair | None, more: Pair | None) -> Pair | None:
     return tuple(a + b for a, b in zip(total, more, strict=True))
 
 
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def sums_unrounded(t: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `out_dtype` makes products of matrices like `t` leave their sums in `dtype`: one kernel, more exact."""
+    return t.is_cuda and t.dtype in _HALVES and dtype is torch.float32
+
+
 _TILE = 1 << 22
 """Elements of a gradient that are cast at a time."""
 
@@ -52,6 +60,11 @@ def _add_sketch(GV: Tensor, GtU: Tensor, G: Tensor, U: Tensor, V: Tensor) -> Non
     if G.dtype is U.dtype:
         GV.baddbmm_(G, V)
         GtU.baddbmm_(G.mT, U)
+        return
+    if sums_unrounded(G, U.dtype):
+        # By U and V rounded to G's dtype, as the kernels of dense gradients (`kernels.project`).
+        GV += torch.bmm(G, V.to(G.dtype), out_dtype=U.dtype)
+        GtU += torch.bmm(G.mT, U.to(G.dtype), out_dtype=U.dtype)
         return
     matrices, rows = max(1, _TILE // (m * n)), max(1, _TILE // n)
     for i in range(0, batch, matrices):
@@ -120,7 +133,8 @@ class Window:
     @property
     def empty(self) -> bool:
         """Whether no gradient has come."""
-        return self._sketches is None and self._start is None and self._probed() is None
+        probed = self.probes is not None and self.probes[0].grad is not None
+        return not probed and self._sketches is None and self._start is None
 
     @property
     def nbytes(self) -> int:
