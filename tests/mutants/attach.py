@@ -209,8 +209,8 @@ MUTANTS = [
     Mutant(
         "both sides by one test matrix",
         "attach/sketch.py",
-        "gaussian(*shape, keys[side], delta",
-        "gaussian(*shape, keys[0], delta",
+        "ctx.widths[side], keys[side], delta",
+        "ctx.widths[side], keys[0], delta",
         "test_attach_layers.py::test_attached_training_is_dense_training[plain-auto]",
     ),
     Mutant(
