@@ -143,9 +143,10 @@ class Window:
         return sum(t.numel() * t.element_size() for t in held)
 
     def _probed(self) -> Pair | None:
-        if self.probes is None or self.probes[0].grad is None:
+        if self.probes is None:
             return None
-        return tuple(probe.grad[None] for probe in self.probes if probe.grad is not None)
+        right, left = self.probes[0].grad, self.probes[1].grad
+        return None if right is None or left is None else (right[None], left[None])
 
     def operands(self) -> tuple[Tensor, Tensor, Operands]:
         """Return the right and the left probe, and what else a layer's backward reads."""
