@@ -39,6 +39,13 @@ MUTANTS = [
         "test_attach_layers.py::test_attached_training_is_dense_training[multihead attention-auto]",
     ),
     Mutant(
+        "a step by what layers have sketched alone",
+        "attach/window.py",
+        "if self.pending or self._sketches is not None or",
+        "if self.pending or",
+        "test_attach_layers.py::test_attached_training_is_dense_training[weight penalty-auto]",
+    ),
+    Mutant(
         "the last micro-batch wins",
         "attach/window.py",
         "GV.baddbmm_(G, V)",

@@ -202,6 +202,13 @@ class Window:
         GV, GtU = total
         return GV, GtU
 
+    def ready(self) -> tuple[Tensor, Tensor] | None:
+        """Return what layers have sketched, (m, r) and (n, r), if that is all there is."""
+        if self.pending or self._sketches is not None or self.probes is None:
+            return None
+        right, left = self.probes[0].grad, self.probes[1].grad
+        return None if right is None or left is None else (right, left)
+
     def start(self, first: FirstWindow, places: Tensor | None) -> Pair:
         """Hand over the sums of the first window; they are no longer held here."""
         total = _plus(self._start, self._probed() if self.pending else None)
