@@ -53,6 +53,12 @@ _TILE = 1 << 22
 """Elements of a gradient that are cast at a time."""
 
 
+def _rounded(factors: Tensor, dtype: torch.dtype) -> Tensor:
+    # A test matrix that all matrices of a stack share stays one.
+    shared = factors.stride(0) == 0
+    return factors[:1].to(dtype).expand_as(factors) if shared else factors.to(dtype)
+
+
 @in_true_float32
 def _add_sketch(GV: Tensor, GtU: Tensor, G: Tensor, U: Tensor, V: Tensor) -> None:
     """Add G V and G' U to sums in the dtype of U, in place and without a copy of G in it."""
@@ -63,8 +69,8 @@ def _add_sketch(GV: Tensor, GtU: Tensor, G: Tensor, U: Tensor, V: Tensor) -> Non
         return
     if sums_unrounded(G, U.dtype):
         # By U and V rounded to G's dtype, as the kernels of dense gradients (`kernels.project`).
-        GV += torch.bmm(G, V.to(G.dtype), out_dtype=U.dtype)
-        GtU += torch.bmm(G.mT, U.to(G.dtype), out_dtype=U.dtype)
+        GV += torch.bmm(G, _rounded(V, G.dtype), out_dtype=GV.dtype)
+        GtU += torch.bmm(G.mT, _rounded(U, G.dtype), out_dtype=GtU.dtype)
         return
     matrices, rows = max(1, _TILE // (m * n)), max(1, _TILE // n)
     for i in range(0, batch, matrices):
