@@ -113,7 +113,7 @@ MUTANTS = [
         "buckets.py",
         "return pending is self._of[1] and _look(parameters, states) == self._seen",
         "return pending is self._of[1]",
-        "test_attach_failures.py::test_a_refused_step_uses_up_no_sketch",
+        "test_options.py::test_a_changed_rank_is_refused_at_the_step",
     ),
     Mutant(
         "state moved by others is not seen",
