@@ -79,11 +79,9 @@ def read(arguments: list[str] | None) -> tuple[TableConfig, list[Spec]]:
     return table, specs
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Make the runs that are missing and show the table."""
-    table, specs = read(arguments)
-    table.out.mkdir(parents=True, exist_ok=True)
-    Grid(
+def grid(table: TableConfig, specs: list[Spec]) -> Grid:
+    """Return the table of cells `specs`."""
+    return Grid(
         table.out,
         specs,
         table.seeds,
@@ -93,7 +91,14 @@ def main(arguments: list[str] | None = None) -> None:
         make=lambda column, method, seed: config_of(table, method, seed),
         # By its names the data is told apart before it is read; its checksum is compared afterwards.
         identity=lambda run: {**identity(run, resolve(run), f"{run.data}")},
-    ).run(execute)
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Make the runs that are missing and show the table."""
+    table, specs = read(arguments)
+    table.out.mkdir(parents=True, exist_ok=True)
+    grid(table, specs).run(execute)
 
 
 if __name__ == "__main__":
