@@ -3,8 +3,8 @@
 python benchmarks/byte_gpt.py --out docs/results/byte_gpt.json            the grid on one seed, more seeds of the best
 python benchmarks/byte_gpt.py --smoke --out /tmp/smoke.json               a minute on a CPU
 
-AdamW trains embedding and head beside every other optimizer, at --adamw-lr; "adamw" has one rate for everything. Results are written after every run; a
-second call with the same settings goes on where the first ended.
+AdamW trains embedding and head beside every other optimizer, at --adamw-lr; "adamw" has one rate for everything.
+Results are written after every run; a second call with the same settings goes on where the first ended.
 """
 
 import argparse
