@@ -17,10 +17,12 @@ import jsonargparse
 from mofasgd.app.display import Display
 from mofasgd.app.errors import Diverged
 from mofasgd.app.files import read_json
-from mofasgd.app.tune.config import FinetuneConfig, MethodConfig
+from mofasgd.app.tune.config import FinetuneConfig, MethodConfig, RowsConfig
+from mofasgd.app.tune.encode import Example, load
 from mofasgd.app.tune.finetune import identity, train
 from mofasgd.app.tune.grid import Grid, Spec
 from mofasgd.app.tune.methods import resolve
+from mofasgd.app.tune.rows import Skipped
 
 
 @dataclass
@@ -49,13 +51,28 @@ def config_of(table: TableConfig, method: MethodConfig, seed: int) -> FinetuneCo
     return dataclasses.replace(table.base, **settings, seed=seed, out=out, save_model=False)
 
 
+_ROWS: dict[str, tuple[list[Example], list[Example], Skipped]] = {}
+
+
+def rows_of(tokenizer: Any, config: RowsConfig, skipped: Skipped) -> tuple[list[Example], list[Example]]:
+    """`encode.load`, once a process and data: it may take longer than a run."""
+    key = f"{tokenizer.name_or_path} {config}"
+    if key not in _ROWS:
+        found = Skipped()
+        _ROWS[key] = (*load(tokenizer, config, found), found)
+    train_rows, validation, found = _ROWS[key]
+    skipped.counts.update(found.counts)
+    skipped.first.update(found.first)
+    return train_rows, validation
+
+
 def execute(config: FinetuneConfig) -> dict[str, Any]:
     """Run it from its start; a diverged run has no loss."""
     # What a killed call has left there is not a result.
     shutil.rmtree(config.out, ignore_errors=True)
     result: dict[str, Any] = {"validation_loss": None}
     try:
-        result = train(config, Display(quiet=True))
+        result = train(config, Display(quiet=True), rows_of)
     except Diverged as error:
         result["diverged"] = str(error)
     record = read_json(config.out / "run.json")
