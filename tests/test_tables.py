@@ -112,3 +112,20 @@ def test_what_would_not_end_in_time_is_not_begun(tables, tmp_path, monkeypatch):
     choose = tables.Schedule([found], [], 29.0, 1)._next, tables.Schedule([found], [], 31.0, 1)._next
     assert choose[0]() is None
     assert choose[1]()[1].lr == 0.01
+
+
+def test_the_rows_of_a_process_are_read_once_and_what_is_left_out_told_each_time(tables, tmp_path):
+    from tune_case import tokenizer
+
+    from mofasgd.app.tune.config import RowsConfig
+    from mofasgd.app.tune.rows import Skipped
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a", "answer": "b"}\n{"question": "a"}\n{"question": "c", "answer": "d"}\n')
+    read = tables.finetune_table.rows_of
+    config, counted = RowsConfig(train=str(path), holdout=0.5), (Skipped(), Skipped())
+    (train, held_out), again = (read(tokenizer(), config, skipped) for skipped in counted)
+    assert again[0] is train
+    assert again[1] is held_out
+    assert counted[0] == counted[1] != Skipped()
+    assert read(tokenizer(), RowsConfig(train=str(path), holdout=0.5, rows=1), Skipped())[0] is not train
