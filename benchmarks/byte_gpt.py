@@ -3,8 +3,8 @@
 python benchmarks/byte_gpt.py --out docs/results/byte_gpt.json            the grid on one seed, more seeds of the best
 python benchmarks/byte_gpt.py --smoke --out /tmp/smoke.json               a minute on a CPU
 
-AdamW trains embedding and head beside every other optimizer, at --adamw-lr. Results are written after every run; a
-second call with the same settings goes on where the first ended.
+AdamW trains embedding and head beside every other optimizer, at --adamw-lr; "adamw" has one rate for everything.
+Results are written after every run; a second call with the same settings goes on where the first ended.
 """
 
 import argparse
@@ -31,6 +31,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "examples")]
 GRID = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
 METHODS = {
     "adamw": {},
+    "adamw two rates": {},
     "muon": {},
     "galore r8": {"rank": 8},
     "galore r32": {"rank": 32},
@@ -93,6 +94,9 @@ def build(model, method, lr, adamw_lr):
     adamw = {"betas": (0.9, 0.95), "weight_decay": 0.0}
     if method == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=lr, **adamw)
+    if method == "adamw two rates":
+        groups = [{"params": list(model.blocks.parameters())}, {"params": rest, "lr": adamw_lr}]
+        return torch.optim.AdamW(groups, lr=lr, **adamw)
     if method == "muon":
         muon = torch.optim.Muon(model.blocks.parameters(), lr=lr, weight_decay=0.0)
         return Joint(muon, torch.optim.AdamW(rest, lr=adamw_lr, **adamw))

@@ -17,10 +17,12 @@ import jsonargparse
 from mofasgd.app.display import Display
 from mofasgd.app.errors import Diverged
 from mofasgd.app.files import read_json
-from mofasgd.app.tune.config import FinetuneConfig, MethodConfig
+from mofasgd.app.tune.config import FinetuneConfig, MethodConfig, RowsConfig
+from mofasgd.app.tune.encode import Example, load
 from mofasgd.app.tune.finetune import identity, train
 from mofasgd.app.tune.grid import Grid, Spec
 from mofasgd.app.tune.methods import resolve
+from mofasgd.app.tune.rows import Skipped
 
 
 @dataclass
@@ -49,13 +51,28 @@ def config_of(table: TableConfig, method: MethodConfig, seed: int) -> FinetuneCo
     return dataclasses.replace(table.base, **settings, seed=seed, out=out, save_model=False)
 
 
+_ROWS: dict[str, tuple[list[Example], list[Example], Skipped]] = {}
+
+
+def rows_of(tokenizer: Any, config: RowsConfig, skipped: Skipped) -> tuple[list[Example], list[Example]]:
+    """`encode.load`, once a process and data: it may take longer than a run."""
+    key = f"{tokenizer.name_or_path} {config}"
+    if key not in _ROWS:
+        found = Skipped()
+        _ROWS[key] = (*load(tokenizer, config, found), found)
+    train_rows, validation, found = _ROWS[key]
+    skipped.counts.update(found.counts)
+    skipped.first.update(found.first)
+    return train_rows, validation
+
+
 def execute(config: FinetuneConfig) -> dict[str, Any]:
     """Run it from its start; a diverged run has no loss."""
     # What a killed call has left there is not a result.
     shutil.rmtree(config.out, ignore_errors=True)
     result: dict[str, Any] = {"validation_loss": None}
     try:
-        result = train(config, Display(quiet=True))
+        result = train(config, Display(quiet=True), rows_of)
     except Diverged as error:
         result["diverged"] = str(error)
     record = read_json(config.out / "run.json")
@@ -79,11 +96,9 @@ def read(arguments: list[str] | None) -> tuple[TableConfig, list[Spec]]:
     return table, specs
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Make the runs that are missing and show the table."""
-    table, specs = read(arguments)
-    table.out.mkdir(parents=True, exist_ok=True)
-    Grid(
+def grid(table: TableConfig, specs: list[Spec]) -> Grid:
+    """Return the table of cells `specs`."""
+    return Grid(
         table.out,
         specs,
         table.seeds,
@@ -93,7 +108,14 @@ def main(arguments: list[str] | None = None) -> None:
         make=lambda column, method, seed: config_of(table, method, seed),
         # By its names the data is told apart before it is read; its checksum is compared afterwards.
         identity=lambda run: {**identity(run, resolve(run), f"{run.data}")},
-    ).run(execute)
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Make the runs that are missing and show the table."""
+    table, specs = read(arguments)
+    table.out.mkdir(parents=True, exist_ok=True)
+    grid(table, specs).run(execute)
 
 
 if __name__ == "__main__":

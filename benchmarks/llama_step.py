@@ -4,7 +4,8 @@ python benchmarks/llama_step.py --out docs/results/llama_step.json          Llam
 python benchmarks/llama_step.py --tiny --out /tmp/tiny.json                 seconds on a CPU, to try the script
 
 All rows run in one process on the same model and the same tokens. "frozen" is the floor: forward and the backward of
-activations, no weight gradient and no step. Embeddings and head are frozen except in the rows that say otherwise.
+activations, no weight gradient and no step. Embeddings and head are frozen except in the rows that say otherwise; the
+blocks' norms are trained by AdamW, as everywhere but in LoRA, which leaves them alone: "norms frozen" is its scope.
 LoRA is PEFT's on all linear layers of the blocks, with bf16 adapters and fused AdamW.
 """
 
@@ -47,49 +48,66 @@ SETTINGS = [(1, 1024, True), (1, 1024, False), (4, 2048, True), (2, 2048, False)
 METHODS = {
     "frozen": {},
     "mofasgd r8": {"rank": 8},
+    "mofasgd r8, norms frozen": {"rank": 8, "norms": False},
     "mofasgd r32": {"rank": 32},
     "mofasgd r128": {"rank": 128},
-    "mofasgd r8, embeddings and head": {"rank": 8, "all": True},
     "lora r8": {"rank": 8},
     "adamw": {},
+    "mofasgd r8, embeddings and head": {"rank": 8, "outer": True},
+    "lora r8, embeddings and head": {"rank": 8, "outer": True},
+    "adamw, embeddings and head": {"outer": True},
 }
+PEERS = ("frozen", "lora r8", "adamw")
+OUTER = ("embed_tokens", "lm_head")
 
 
-def freeze(model, everything=False, outer=True):
-    """Freeze all, or all but what stays trainable; `outer`: embeddings and head as well."""
-    for param in model.parameters():
-        param.requires_grad_(not everything)
-    if outer:
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            module.weight.requires_grad_(False)
+def freeze(model, trained=True, norms=True, outer=False):
+    """Freeze what is not `trained`: the blocks; their norms; `outer`, embeddings and head."""
+    for name, param in model.named_parameters():
+        part = outer if any(key in name for key in OUTER) else norms or "norm" not in name
+        param.requires_grad_(trained and part)
 
 
 def start(method, model):
     """Return (model to call, optimizer or None, function that undoes it all)."""
     options = METHODS[method]
+    outer = options.get("outer", False)
     if method == "frozen":
-        freeze(model, everything=True)
+        freeze(model, trained=False)
         return model, None, lambda: None
     if method.startswith("mofasgd"):
-        whole = options.get("all", False)
-        freeze(model, outer=not whole)
-        forced = {"factor": ["model.embed_tokens.weight", "lm_head.weight"]} if whole else {}
+        freeze(model, norms=options.get("norms", True), outer=outer)
+        forced = {"factor": [f"*{key}.weight" for key in OUTER]} if outer else {}
         optimizer = MoFaSGD(param_groups(model, rank=options["rank"], lr=1e-5, **forced))
         handle = optimizer.attach(model)
         return model, optimizer, handle.detach
     if method.startswith("lora"):
-        from peft import LoraConfig, get_peft_model
-
-        freeze(model, everything=True)
-        wrapped = get_peft_model(model, LoraConfig(r=options["rank"], lora_alpha=16, target_modules="all-linear"))
-        for param in wrapped.parameters():
-            if param.requires_grad:
-                param.data = param.data.to(torch.bfloat16)
-        adapters = [param for param in wrapped.parameters() if param.requires_grad]
-        return wrapped, torch.optim.AdamW(adapters, lr=1e-5, fused=True), wrapped.unload
-    freeze(model)
+        return lora(model, options["rank"], outer)
+    freeze(model, outer=outer)
     weights = [param for param in model.parameters() if param.requires_grad]
     return model, torch.optim.AdamW(weights, lr=1e-5, fused=True), lambda: None
+
+
+def lora(model, rank, outer):
+    """Return what `start` does, for PEFT's LoRA; `outer`: with embeddings and head trained in full."""
+    from peft import LoraConfig, get_peft_model
+
+    freeze(model, trained=False)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    saved = list(OUTER) if outer else None
+    config = LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", modules_to_save=saved)
+    wrapped = get_peft_model(model, config)
+
+    def undo():
+        wrapped.unload()
+        # PEFT leaves its trained copies in their place.
+        model.set_input_embeddings(embedding)
+        model.set_output_embeddings(head)
+
+    trained = [param for param in wrapped.parameters() if param.requires_grad]
+    for param in trained:
+        param.data = param.data.to(torch.bfloat16)
+    return wrapped, torch.optim.AdamW(trained, lr=1e-5, fused=True), undo
 
 
 class Device:
@@ -171,24 +189,28 @@ def measure(method, model, setting, args, device):
 
 
 def compare(rows):
-    """Add to each row its ratios to the rows of the same setting."""
+    """Add to each row its ratios to the rows of the same setting; of those that train embeddings, to their like."""
     for row in rows:
         same = {r["method"]: r for r in rows if all(r[k] == row[k] for k in ("batch", "sequence", "checkpointing"))}
-        for other in ("frozen", "lora r8", "adamw"):
-            if other in same and "tokens_per_second" in row and "tokens_per_second" in same[other]:
-                row[f"speed_to_{other}"] = row["tokens_per_second"] / same[other]["tokens_per_second"]
-                row[f"memory_to_{other}"] = row["peak_gib"] and row["peak_gib"] / same[other]["peak_gib"]
+        for other in PEERS:
+            like = (
+                f"{other}, embeddings and head" if "outer" in METHODS[row["method"]] and other in PEERS[1:] else other
+            )
+            if "tokens_per_second" in row and "tokens_per_second" in same.get(like, {}):
+                row[f"speed_to_{other}"] = row["tokens_per_second"] / same[like]["tokens_per_second"]
+                row[f"memory_to_{other}"] = row["peak_gib"] and row["peak_gib"] / same[like]["peak_gib"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=8, help="timed steps of each row, after two others")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each row, after two others")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    begin = time.perf_counter()
     device = torch.device(args.device)
     shape = dict(TINY if args.tiny else SHAPE, max_position_embeddings=4096, tie_word_embeddings=False)
     if args.layers:
@@ -212,6 +234,7 @@ def main():
                 row = {"method": method, **dict(zip(names, setting, strict=True)), "out_of_memory": True}
             rows.append(row)
             compare(rows)
+            result["seconds"] = time.perf_counter() - begin
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
             args.out.write_text(json.dumps(result, indent=1))
 

@@ -17,12 +17,12 @@ SOURCE = ROOT / "src" / "mofasgd"
 
 # From the bottom up; a module may import from lower layers only.
 LAYERS = [
-    {"precision", "layout", "stack", "kernels", "snapshot"},
+    {"precision", "layout", "kernels", "snapshot"},
     {"rng", "dist"},
     {"momentum", "options", "apply"},
     {"algebra", "clipping", "complement", "adamw", "state", "groups"},
     {"solver", "gradient", "residual"},
-    {"attach"},
+    {"attach", "buckets"},
     {"factored", "exchange"},
     {"start"},
     {"base"},

@@ -160,6 +160,48 @@ def test_attached_steps_equal_dense_ones(mode):
     assert (attached - dense).norm() <= 1e-4 * (dense - start).norm()
 
 
+@pytest.mark.parametrize("mode", ["sketch", "release"])
+def test_sketches_of_bfloat16_layers_are_not_rounded_to_it(mode):
+    model = nn.Sequential(nn.Linear(512, 256, bias=False), nn.Linear(256, 512, bias=False)).to("cuda", torch.bfloat16)
+    opt = MoFaSGD(model.parameters(), lr=0.01, rank=8)
+    handle = opt.attach(model, mode)
+    held = 0
+    for _ in range(2):
+        for _ in range(2):
+            model(torch.randn(3, 8, 512, device="cuda", dtype=torch.bfloat16)).square().sum().backward()
+        for param, window in handle._windows.items():
+            if not window.pending:
+                for total in window.sketches(opt.state[param]["U"], opt.state[param]["V"]):
+                    # Of sums of random numbers 1 in 65536 is a bfloat16.
+                    assert total.dtype is torch.float32
+                    assert (total == total.bfloat16()).float().mean() < 0.01
+                    held += 1
+        opt.step()
+        opt.zero_grad()
+    assert held == 4
+
+
+def test_release_makes_no_float32_copy_of_a_bfloat16_gradient():
+    weight = nn.Parameter(torch.randn(2048, 1024, device="cuda", dtype=torch.bfloat16))
+    model = nn.ParameterDict({"weight": weight})
+    opt = MoFaSGD([weight], lr=0.01, rank=8)
+    handle = opt.attach(model, "release")
+    G = torch.randn_like(weight)
+    for _ in range(2):
+        handle._windows[weight].add(G)
+        opt.step()
+        opt.zero_grad()
+    torch.cuda.synchronize()
+    start = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    handle._windows[weight].add(G)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - start < G.nbytes / 4
+    U, V = (opt.state[weight][key].bfloat16().double() for key in "UV")
+    for found, expected in zip(handle._windows[weight]._sketches, (G.double() @ V, G.double().T @ U), strict=True):
+        torch.testing.assert_close(found[0].double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_allocator_sees_no_gradient_in_sketch_mode():
     weight = 1024 * 1024 * 4
     _, dense = steps(stack(), None)

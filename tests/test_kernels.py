@@ -82,7 +82,9 @@ def test_products_of_tall_matrices_are_those_of_float64(m, rank):
 
     U, S = normal(3, m, rank), normal(3, m, rank)
     L, W = torch.cat([U, S], dim=-1).double(), normal(3, 2 * rank, rank, dtype=torch.float64)
-    assert (gram(U, S) - L.mT @ L).abs().max() <= 1e-14 * m
+    found = torch.empty(3, 2 * rank, 2 * rank, dtype=torch.float64, device=DEVICE)
+    gram(U, S, found)
+    assert (found - L.mT @ L).abs().max() <= 1e-14 * m
     # The result is rounded to float32.
     assert torch.allclose(combine(U, S, W, torch.ones(3, dtype=torch.bool, device=DEVICE)).double(), L @ W, rtol=1e-6)
 
@@ -95,14 +97,15 @@ def test_rotated_rows_are_orthogonal_and_keep_the_singular_values(size):
     A[1] *= torch.logspace(0, -6, size)
     A[2, :, size // 2 :] = 0
     A[3] = 0
-    rows = orthogonal_rows(A.to(DEVICE)).cpu().double()
+    rows = orthogonal_rows(A.clone().to(DEVICE)).cpu().double()
     lengths = rows.norm(dim=-1)
     expected = torch.linalg.svdvals(A.double())
-    # Rounding of some ten sweeps of rotations in float32.
+    # A row is turned some ten times by each of the others, and rounds every time.
     scale = expected[:, :1].clamp(min=1)
-    assert ((lengths.sort(descending=True).values[:, :size] - expected).abs() / scale).max() <= 1e-6 * size**0.5
-    unit = rows / lengths.clamp(min=1e-30)[:, :, None]
-    inner = (unit @ unit.mT)[:2]
+    assert ((lengths.sort(descending=True).values[:, :size] - expected).abs() / scale).max() <= 1e-6 * size
+    # Float32 leaves every row an error of the largest one's rounding, so two meet at an angle by the longer of them.
+    longer = torch.maximum(lengths[:, :, None], lengths[:, None, :])
+    inner = ((rows @ rows.mT) / (expected[:, :1, None] * longer).clamp(min=1e-30))[:2]
     assert (inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))).abs().max() <= 1e-5
 
 
@@ -116,6 +119,16 @@ def test_test_matrices_are_the_same_to_the_bit(dtype):
         assert torch.equal(matrix, gaussian(370, 11, key, torch.device("cpu"), dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norms_keep_their_accuracy_at_every_scale(dtype):
+    from mofasgd.kernels.norm import norms_of
+
+    matrices = [normal(2, 300, 250).mul_(scale).to(dtype) for scale in (1.0, 1e-30, 1e30)]
+    found = norms_of([matrices[0], None, *matrices[1:]], 8)
+    expected = [G.double().square().sum(dim=(-2, -1)).sqrt() for G in matrices]
+    assert torch.allclose(found, torch.cat([expected[0], torch.zeros_like(expected[0]), *expected[1:]]), rtol=1e-6)
+
+
 def test_addresses_are_those_of_the_matrices():
     a, b = torch.zeros(3, 4, 4), torch.zeros(3, 4, 4)
     table, aligned = pointers([a, None, b], 3, 64, torch.device("cpu"))
@@ -124,15 +137,27 @@ def test_addresses_are_those_of_the_matrices():
     assert not pointers([a.view(-1)[1:]], 1, 64, torch.device("cpu"))[1]
 
 
-@pytest.mark.parametrize("k", [10, 64, 130])
-def test_dependent_columns_are_left_out(k):
-    A = torch.randn(3, 2 * k, k, dtype=torch.float64)
+def by_kernel(gram):
+    from mofasgd.kernels.columns import independent_columns
+
+    R, N = independent_columns(gram.to(DEVICE), algebra.DEPENDENT)
+    return R.cpu(), N.cpu()
+
+
+@pytest.mark.parametrize(
+    ("factorize", "k"),
+    [(algebra.independent_columns, k) for k in (10, 64, 130)] + [(by_kernel, k) for k in (10, 20, 64, 72)],
+)
+def test_dependent_columns_are_left_out(factorize, k):
+    A = torch.randn(4, 2 * k, k, dtype=torch.float64) * torch.logspace(0, 9, k, dtype=torch.float64)
     A[1, :, 3] = A[1, :, :3].sum(dim=-1)
     A[2, :, 5:] = 0
-    A /= A.norm(dim=-2, keepdim=True).clamp(min=1e-30)
-    R, N = algebra.independent_columns(A.mT @ A)
+    # Nearly dependent columns, whose Gram matrix has lost most of what tells them apart.
+    A[3] = A[3, :, :1] + 1e-4 * A[3]
+    R, N = factorize(A.mT @ A)
     Q = A @ N
-    expected = torch.ones(3, k, dtype=torch.float64)
+    expected = torch.ones(4, k, dtype=torch.float64)
     expected[1, 3], expected[2, 5:] = 0, 0
-    assert (Q.mT @ Q - torch.diag_embed(expected)).abs().max() <= 1e-9
-    assert (Q @ R - A).abs().max() <= 1e-9
+    assert (Q.mT @ Q - torch.diag_embed(expected))[:3].abs().max() <= 1e-9
+    assert (Q.mT @ Q - torch.diag_embed(expected))[3].abs().max() <= 1e-6
+    assert ((Q @ R - A).norm(dim=-2) / A.norm(dim=-2).clamp(min=1e-30)).max() <= 1e-9

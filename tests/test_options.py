@@ -86,7 +86,7 @@ def test_sparse_gradients_and_foreign_parameters_are_refused():
 def test_a_changed_rank_is_refused_at_the_step():
     W = weight(9, 7)
     opt = MoFaSGD([W], rank=3)
-    run(opt, [W], gradients((9, 7), 1))
+    run(opt, [W], gradients((9, 7), 3))
     opt.param_groups[0]["rank"] = 2
     with pytest.raises(ValueError, match="rank of a running optimizer is fixed"):
         opt.step()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mofasgd import MoFaSGD
-from mofasgd.stack import stacked
+from mofasgd.buckets import stacked
 
 SHAPE = (12, 9)  # small: the start is the gradient's own SVD, which no parameter's index enters
 
@@ -70,3 +70,20 @@ def test_a_stack_is_made_once_and_again_where_its_parts_have_moved():
     assert again.tolist() == [[0] * 4, [7] * 4, [2] * 4]
     again += 1
     assert [state["s"][0].item() for state in states] == [1, 8, 3]
+
+
+def test_state_that_others_move_in_memory_is_found():
+    # Offloading gives the tensors of the state new storage and keeps them as objects.
+    kept, moved = weights(), weights()
+    expected, opt = train(kept, range(3)), train(moved, range(3))
+    for state in opt.state.values():
+        for value in state.values():
+            value.data = value.data.clone()
+    for step in gradients()[:2]:
+        for params, own in ((kept, expected), (moved, opt)):
+            for p, G in zip(params, step, strict=True):
+                p.grad = G.clone()
+            own.step()
+    for p, q in zip(moved, kept, strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(opt.momentum(p), expected.momentum(q))

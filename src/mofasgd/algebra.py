@@ -20,6 +20,8 @@ right space comes from subspace iteration; otherwise nothing is approximate but 
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -46,21 +48,28 @@ _WIDEST = 1024
 _DIRECT = {"cpu": 1 << 30, "cuda": 64}
 """Rows of the largest core whose singular vectors are found at once: by LAPACK, by Jacobi rotations."""
 
-_ITERATIONS = 3
+_ITERATIONS = 5
 """Applications of the core's fourth power in subspace iteration."""
 
 
 class Small(NamedTuple):
-    """What the update reads of its tall matrices.
+    """What the update reads of its tall matrices. All float64.
 
     Attributes:
-        left, right: Gram matrices [U GV]'[U GV] and [V GtU]'[V GtU], (B, 2r, 2r) float64.
-        s: singular values of the momentum (B, r).
+        grams: Gram matrices [U GV]'[U GV] and [V GtU]'[V GtU], (2, B, 2r, 2r).
+        s: singular values of the momentum (B, r), 0 where `real` is.
+        real: (B, r), 1 or, for completion columns (`momentum.real_columns`), 0.
+        C: U'GV of the real columns (B, r, r).
     """
 
-    left: Tensor
-    right: Tensor
+    grams: Tensor
     s: Tensor
+    real: Tensor
+    C: Tensor
+
+    def part(self, some: slice) -> Small:
+        """Return some of the matrices."""
+        return Small(self.grams[:, some], self.s[some], self.real[some], self.C[some])
 
 
 class Weights(NamedTuple):
@@ -78,14 +87,15 @@ def by_gram(solver: str, left: Tensor, right: Tensor) -> bool:
     return solver == "gram" or (solver == "auto" and left.dtype is torch.float32 and not wide)
 
 
-def gram(A: Tensor, B: Tensor) -> Tensor:
-    """Return [A B]' [A B] in float64, (B, 2r, 2r), of float32 or float64 (B, m, r) each."""
+def gram(A: Tensor, B: Tensor, out: Tensor) -> None:
+    """Put [A B]' [A B] into `out`, float64 (B, 2r, 2r), of float32 or float64 (B, m, r) each."""
     if usable(A.device) and A.dtype is torch.float32:
         from mofasgd.kernels.gram import gram as on_gpu
 
-        return on_gpu(A, B)
+        on_gpu(A, B, out)
+        return
     L = torch.cat([A, B], dim=-1).double()
-    return L.mT @ L
+    torch.matmul(L.mT, L, out=out)
 
 
 def combine(A: Tensor, B: Tensor, weights: Tensor, active: Tensor) -> Tensor:
@@ -98,11 +108,23 @@ def combine(A: Tensor, B: Tensor, weights: Tensor, active: Tensor) -> Tensor:
 
 
 def independent_columns(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return R and N (B, k, k), upper triangular, for A with the Gram matrix A'A of unit diagonal (or 0): A = (A N) R.
+    """Return R and N (B, k, k), upper triangular, for A with the Gram matrix A'A: A = (A N) R.
 
     A N has orthonormal columns, and zeros where a column of A depends on those before it (`DEPENDENT`); R has zero
     rows there. Float64.
     """
+    if usable(gram.device):
+        from mofasgd.kernels.columns import independent_columns as on_gpu
+
+        return on_gpu(gram, DEPENDENT)
+    lengths = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    lengths = torch.where(lengths > 0, lengths, 1.0)
+    R, N = _independent_unit(gram / (lengths[:, :, None] * lengths[:, None, :]))
+    return R * lengths[:, None, :], N / lengths[:, :, None]
+
+
+def _independent_unit(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """`independent_columns` of columns of unit length (or 0)."""
     k = gram.shape[-1]
     eye = torch.eye(k, dtype=gram.dtype, device=gram.device)
     # The largest eigenvalue, and rounding with it, grows with k.
@@ -118,19 +140,10 @@ def independent_columns(gram: Tensor) -> tuple[Tensor, Tensor]:
     return R2 @ R1, torch.linalg.solve_triangular(R2, N1, upper=True, left=False)
 
 
-def _unit(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the Gram matrix of columns of unit length (or 0), and the lengths (B, k), 1 instead of 0."""
-    lengths = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    lengths = torch.where(lengths > 0, lengths, 1.0)
-    return gram / (lengths[:, :, None] * lengths[:, None, :]), lengths
-
-
 def orthonormal(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return Q, N, R with A N = Q (B, k, r), A = Q R; columns of Q are orthonormal or zero. Float64."""
-    scaled, lengths = _unit(A.mT @ A)
-    R, N = independent_columns(scaled)
-    N = N / lengths[:, :, None]
-    return A @ N, N, R * lengths[:, None, :]
+    R, N = independent_columns(A.mT @ A)
+    return A @ N, N, R
 
 
 def completed(Q: Tensor, rows: int) -> Tensor:
@@ -138,12 +151,23 @@ def completed(Q: Tensor, rows: int) -> Tensor:
 
     The others come back orthonormal to the last bit. Float64.
     """
-    fill = torch.zeros_like(Q)
-    # Any fixed matrix without structure will do.
-    fill[:, :rows] = gaussian(rows, Q.shape[-1], 0, Q.device, Q.dtype)
-    fill -= Q @ (Q.mT @ fill)
+    fill = _filling(Q.shape[-2], rows, Q.shape[-1], Q.device).expand_as(Q)
+    fill = torch.baddbmm(fill, Q, Q.mT @ fill, alpha=-1)
     missing = Q.square().sum(dim=-2, keepdim=True) < 0.5
     return orthonormal(torch.where(missing, fill, Q))[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _small_gaussian(rows: int, columns: int, device: torch.device) -> Tensor:
+    # Any fixed matrix without structure will do; kept, for it takes many launches to make.
+    return gaussian(rows, columns, 0, device, torch.float64)
+
+
+def _filling(height: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """Return a matrix (height, columns) without structure in its first `rows`, and zeros below."""
+    make = _small_gaussian if rows <= _WIDEST else functools.partial(gaussian, key=0, dtype=torch.float64)
+    found: Tensor = torch.nn.functional.pad(make(rows, columns, device=device), (0, 0, 0, height - rows))
+    return found
 
 
 def _right_vectors(core: Tensor, rank: int) -> Tensor:
@@ -162,13 +186,12 @@ def _right_vectors(core: Tensor, rank: int) -> Tensor:
         return found
     from mofasgd.kernels.jacobi import orthogonal_rows
 
-    rows = orthogonal_rows(core.float())
+    rows = orthogonal_rows(core.to(torch.float32, copy=True, memory_format=torch.contiguous_format))
     lengths, order = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).topk(rank, dim=-1)
-    rows = rows.gather(1, order[:, :, None].expand(-1, -1, rows.shape[-1])).double()
+    rows = rows.gather(1, order[:, :, None].expand(-1, -1, rows.shape[-1]))
     # What is left of the null space is no direction; completions take its place.
-    real = lengths > 1e-12 * lengths[:, :1]
-    rows = torch.where(real[:, :, None], rows / torch.where(real, lengths, 1.0)[:, :, None], 0.0)
-    return rows.mT
+    scale = torch.where(lengths > 1e-12 * lengths[:, :1], lengths.reciprocal(), 0.0)
+    return (rows * scale[:, :, None]).mT
 
 
 def _leading_space(core: Tensor, rank: int) -> Tensor:
@@ -176,7 +199,7 @@ def _leading_space(core: Tensor, rank: int) -> Tensor:
     H = core.mT @ core
     fourth = H @ H
     fourth = fourth / fourth.diagonal(dim1=-2, dim2=-1).sum(dim=-1).clamp(min=1e-300)[:, None, None]
-    Y = gaussian(core.shape[-1], rank, 1, core.device, core.dtype)
+    Y = _small_gaussian(core.shape[-1], rank, core.device)
     # The power at most doubles from one product to the next: columns that are sorted by then keep the small
     # directions apart from what the product makes of the large ones.
     for power in (core, core.mT, H, *[fourth] * _ITERATIONS):
@@ -184,31 +207,44 @@ def _leading_space(core: Tensor, rank: int) -> Tensor:
     return Y
 
 
+def observed(grams: Tensor, s: Tensor) -> tuple[Small, Tensor, Tensor, Tensor]:
+    """Return what the update needs, which matrices' sketches are finite and not zero, and |Ghat|^2 (B,) float64.
+
+    Args:
+        grams: as in `Small`, of all stored columns; anything where a sketch is not finite.
+        s: stored singular values (B, r).
+    """
+    r = s.shape[-1]
+    # A column that is not finite shows in its square; a sum of float32 squares stays in float64's range.
+    squares = grams.diagonal(dim1=-2, dim2=-1).sum(dim=0)
+    finite = squares.sum(dim=-1) < math.inf
+    grams = torch.where(finite[:, None, None], grams, 0.0)
+    real = real_columns(s).double()
+    C = grams[0, :, :r, r:] * real[:, :, None] * real[:, None, :]
+    total = (squares[:, r:] * real).sum(dim=-1)
+    norms = (total - C.square().sum(dim=(-2, -1))).clamp(min=0)
+    return Small(grams, s * real, real, C), finite & (norms < math.inf), total > 0, norms
+
+
 def solve(small: Small, beta: float | Tensor, factor: Tensor | None) -> Weights:
     """Return the weights that update the factors.
 
     Args:
-        small: of stored factors; columns whose s is rounding noise (`momentum.real_columns`) are completions and do
-            not enter the tangent space. Finite.
+        small: of stored factors; completion columns do not enter the tangent space.
         beta: momentum decay.
-        factor: of the gradient, 0-dim, or None for 1.
+        factor: of the gradient, 0-dim float64, or None for 1.
     """
     r = small.s.shape[-1]
-    s = small.s.double()
-    real = real_columns(small.s).double()
-    scaled, lengths = _unit(torch.cat([small.left, small.right]))
-    T, N = independent_columns(scaled)
-    T, N = T * lengths[:, None, :], N / lengths[:, :, None]
+    T, N = independent_columns(small.grams.flatten(0, 1))
     (Tu, Tv), (Nu, Nv) = T.chunk(2), N.chunk(2)
 
-    f = 1.0 if factor is None else factor.to(torch.float64)
-    C = small.left[:, :r, r:] * (f * real[:, :, None] * real[:, None, :])
-    middle = torch.zeros_like(Tu)
-    middle[:, :r, :r] = torch.diag_embed(beta * real * s) - C
-    middle[:, :r, r:] = middle[:, r:, :r] = torch.diag_embed(f * real)
-    core = Tu @ middle @ Tv.mT
-    size = core.abs().amax(dim=(-2, -1), keepdim=True)
-    size = torch.where(size > 0, size, 1.0)
+    # Q'(beta M + Ghat)P = Tu [[beta diag(s) - f C, f real], [f real, 0]] Tv'
+    decayed, f = beta * small.s, small.real if factor is None else small.real * factor
+    A = Tu[:, :, :r] * f[:, None, :]
+    B = torch.addcmul(Tu[:, :, :r] * decayed[:, None, :], Tu[:, :, r:], f[:, None, :])
+    B = torch.baddbmm(B, A, small.C, alpha=-1)
+    core = torch.baddbmm(B @ Tv[:, :, :r].mT, A, Tv[:, :, r:].mT)
+    size = core.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=1e-300)
     core = core / size
 
     # Completions lie in the coordinates of U and V, which are always there.
@@ -216,8 +252,8 @@ def solve(small: Small, beta: float | Tensor, factor: Tensor | None) -> Weights:
     X, _, R = orthonormal(core @ Y)
     found = R.diagonal(dim1=-2, dim2=-1).cummin(dim=-1).values * size[:, :, 0]
     # Where momentum and gradient cancel, what is left of them in float32 is no direction.
-    left, right = (g.diagonal(dim1=-2, dim2=-1)[:, r:].sqrt() * f for g in small[:2])
-    terms = (real * torch.maximum(torch.maximum(left, right), beta * s)).amax(dim=-1, keepdim=True)
+    sketched = small.grams.diagonal(dim1=-2, dim2=-1)[:, :, r:].amax(dim=0).sqrt()
+    terms = torch.maximum(f * sketched, decayed).amax(dim=-1, keepdim=True)
     # A factorization that failed stays visible as NaN.
     found = torch.where(found <= torch.finfo(torch.float32).eps * terms, 0.0, found)
     return Weights(Nu @ completed(X, r), found, Nv @ Y)
@@ -227,17 +263,16 @@ def seen(small: Small, sizes: Tensor) -> tuple[Tensor, Tensor]:
     """Return the weights (B, 2r, r) float64 that make orthonormal or zero columns of what GV adds to U, and GtU to V.
 
     Args:
-        small: of stored factors; completion columns take no part. Finite.
+        small: of stored factors; completion columns take no part.
         sizes: |G|_F in float64, (B,); the sketches round relative to it.
     """
     r = small.s.shape[-1]
-    real = real_columns(small.s).double().repeat(2, 2)
+    real = small.real.repeat(1, 2)
     # A sum in float64, of bfloat16 or float32 products: what is left of a column inside the space is rounding.
     noise = 100 * torch.finfo(torch.float32).eps * sizes.repeat(2)[:, None]
-    scaled, lengths = _unit(torch.cat([small.left, small.right]) * real[:, :, None] * real[:, None, :])
-    R, N = independent_columns(scaled)
-    new = R.diagonal(dim1=-2, dim2=-1)[:, r:] * lengths[:, r:] > noise
-    weights = N[:, :, r:] / lengths[:, :, None] * new[:, None, :]
+    R, N = independent_columns((small.grams * real[:, :, None] * real[:, None, :]).flatten(0, 1))
+    new = R.diagonal(dim1=-2, dim2=-1)[:, r:] > noise
+    weights = N[:, :, r:] * new[:, None, :]
     left, right = weights.chunk(2)
     return left, right
 
@@ -251,19 +286,16 @@ def start(YY: Tensor, ZZ: Tensor, PY: Tensor, rank: int) -> Weights:
         YY, ZZ: Gram matrices Y'Y (P, l, l) and Z'Z (P, k, k) of the first window's sketches; finite.
         PY: Psi'Y (P, k, l).
     """
-    scaled, lengths = _unit(YY)
-    _, N = independent_columns(scaled)
-    N = N / lengths[:, :, None]
+    _, N = independent_columns(YY)
     # Q = Y N;  G ~ Q X  with  X = (Psi'Q)^+ Z',  X' = Z F
     B, NB, _ = orthonormal(PY @ N)
     F = B @ NB.mT
     # X' = P R with P = Z F N2, so that G ~ Q R' P'
-    scaled, lengths = _unit(F.mT @ ZZ @ F)
-    R, N2 = independent_columns(scaled)
-    core = (R * lengths[:, None, :]).mT
+    R, N2 = independent_columns(F.mT @ ZZ @ F)
+    core = R.mT
     size = core.abs().amax(dim=(-2, -1), keepdim=True)
     size = torch.where(size > 0, size, 1.0)
     right = orthonormal(_right_vectors(core / size, rank))[0]
     left, _, T = orthonormal(core / size @ right)
     found = T.diagonal(dim1=-2, dim2=-1).cummin(dim=-1).values * size[:, :, 0]
-    return Weights(N @ left, found, F @ (N2 / lengths[:, :, None]) @ right)
+    return Weights(N @ left, found, F @ N2 @ right)

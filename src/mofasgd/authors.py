@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mofasgd.buckets import Member
 from mofasgd.dist.shards import whole
-from mofasgd.factored import Displace, Displacement, Member
+from mofasgd.factored import Displace, Displacement
 from mofasgd.layout import as_matrices
 from mofasgd.momentum import Factors, sketch, truncated_svd, update_factors
 from mofasgd.optimizer import MoFaSGD

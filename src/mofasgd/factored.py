@@ -16,49 +16,17 @@ import torch
 from torch import Tensor
 
 from mofasgd.apply import Rounding, apply_update
+from mofasgd.buckets import Bucket, Member
 from mofasgd.complement import complement_scale, normalized_complement
 from mofasgd.dist.shards import Part, local
-from mofasgd.gradient import Gradient, dense_tensors, sketch_all
+from mofasgd.gradient import dense_tensors, sketch_all
 from mofasgd.kernels import usable
 from mofasgd.layout import MatrixShape, as_matrices
 from mofasgd.momentum import Factors, moving
 from mofasgd.options import Group, number
 from mofasgd.residual import residual_factors, row_scales
 from mofasgd.residual import square_norm as row_norm
-from mofasgd.rng import ROUNDING, key_of, keys_on
-from mofasgd.solver import ExactProblem, GramProblem, measure, problem, solve_all
-from mofasgd.stack import stacked
-
-
-@dataclass
-class Member:
-    """A factored parameter in this step.
-
-    Attributes:
-        index: number of the parameter in the optimizer, as in its state_dict.
-        param, group, state: the weight, its group, its state (`mofasgd.state`).
-        shape: how it is cut into matrices; b of them below.
-        gradient: of this window, not scaled by `factor`; None without one.
-        factor: of the gradient (clipping and GradScaler's scale), 0-dim, once it is known; None: 1.
-        spaces: what the complement leaves out, (b, m, 2r) and (b, n, 2r), once it is known and if it is asked for.
-        part: the rows that this rank holds of a sharded weight; None: all.
-    """
-
-    index: int
-    param: Tensor
-    group: Group
-    state: dict[str, Tensor]
-    shape: MatrixShape
-    gradient: Gradient | None
-    factor: Tensor | None = None
-    spaces: tuple[Tensor, Tensor] | None = None
-    part: Part | None = None
-
-    def dense(self) -> Tensor:
-        """Return the gradient as matrices (b, m, n)."""
-        if self.gradient is None:
-            return torch.zeros_like(as_matrices(self.param, self.shape))
-        return self.gradient.dense()
+from mofasgd.solver import ExactProblem, GramProblem, measure, problem
 
 
 class Displacement(NamedTuple):
@@ -163,16 +131,17 @@ class Update:
 
     problem: ExactProblem | GramProblem | None
 
-    def __init__(self, members: list[Member], context: Context) -> None:
-        self.members, self.context = members, context
-        self.group, self.shape, self.b = members[0].group, members[0].shape, members[0].shape.batch
+    def __init__(self, bucket: Bucket, context: Context) -> None:
+        self.bucket, self.members, self.context = bucket, bucket.members, context
+        first = bucket.members[0]
+        self.group, self.shape, self.b = first.group, first.shape, first.shape.batch
         self.stored = Factors(*(self._matrices(key) for key in Factors._fields))
         self.sketch()
 
     def sketch(self) -> None:
         """Sketch the gradients: set `problem`."""
         sketches = sketch_all([member.gradient for member in self.members], self.stored.U, self.stored.V, self.b)
-        self.problem = problem(self.context.solver, self.stored, *sketches)
+        self.problem = problem(self.context.solver, self.stored, *sketches, self.beta)
 
     def observe(self) -> None:
         """Set `finite`, `active` and `square_norms` by the sketches, once their problem has been measured."""
@@ -180,11 +149,8 @@ class Update:
         self.judge(self.problem.finite, self.problem.nonzero, self.problem.square_norms)
 
     def judge(self, finite: Tensor, nonzero: Tensor, squares: Tensor) -> None:
-        """Decide which matrices move: a parameter is skipped as a whole, a zero slice of a stack on its own.
-
-        A gradient whose squared norm is beyond float64 is not finite.
-        """
-        self.finite = self._by_parameter(finite & squares.isfinite())
+        """Decide which matrices move: a parameter is skipped as a whole, a zero slice of a stack on its own."""
+        self.finite = self._by_parameter(finite)
         self.active = self.context.gated(self._by_matrix(self.finite) & nonzero)
         self.square_norms = torch.where(self.active, squares, 0.0)
 
@@ -209,18 +175,26 @@ class Update:
     def spaces(self) -> tuple[Tensor, Tensor]:
         """Return what the complement leaves out."""
         assert self.problem is not None
-        matrices = [matrix for member in self.members for matrix in member.dense().unbind(0)]
-        sizes = torch.stack(torch._foreach_norm(matrices, 2, dtype=torch.float64))
-        return self.problem.spaces(torch.where(self.active, sizes, 0.0))
+        return self.problem.spaces(torch.where(self.active, self._sizes(), 0.0))
 
-    def after(self, solved: Factors | None, factor: Tensor | None) -> Factors:
-        """Return the factors after the step from the solution of `problem`; `factor` scales the gradient."""
-        assert solved is not None
-        return solved
+    def _sizes(self) -> Tensor:
+        """Return |G|_F (B,) float64."""
+        tensors = dense_tensors([member.gradient for member in self.members], self.stored.U.dtype)
+        if tensors:
+            from mofasgd.kernels.norm import norms_of
+
+            return norms_of(tensors, len(self.active))
+        matrices = [matrix for member in self.members for matrix in member.dense().unbind(0)]
+        return torch.stack(torch._foreach_norm(matrices, 2, dtype=torch.float64))
+
+    def after(self, factor: Tensor | None) -> Factors:
+        """Return the factors after the step, anything where not `active`; `factor` (0-dim) scales the gradient."""
+        assert self.problem is not None
+        return self.problem.solve(factor, self.active)
 
     def _matrices(self, key: str) -> Tensor:
         """Return an entry of all states as a batch of matrices; it shares their memory."""
-        stack = stacked([member.state for member in self.members], key)
+        stack = self.bucket.stack(key)
         return stack.view(len(self.members) * self.b, *stack.shape[1 + len(self.shape.lead) :])
 
     def parts(self) -> Iterator[tuple[slice, Member]]:
@@ -231,7 +205,7 @@ class Update:
     def take(self, after: Factors, factor: Tensor | None) -> None:
         """Advance momenta and weights; `factor` (0-dim) has scaled the gradient of the factors `after`."""
         # Finite sketches may still add up to a momentum beyond the largest number.
-        fits = self._by_parameter(after.s.isfinite().all(dim=-1) | ~self.active)
+        fits = self._by_parameter((after.s.sum(dim=-1) < math.inf) | ~self.active)
         self.finite = self.finite & fits
         active = self.active & self._by_matrix(fits)
         before = None if self.context.displace is None else self.before()
@@ -252,9 +226,8 @@ class Update:
         for new, old in zip(after, self.stored, strict=True):
             mask = active.view(-1, *[1] * (old.dim() - 1))
             torch.where(mask, new.view(old.shape), old, out=old)
-        states = [member.state for member in self.members]
-        stacked(states, "initialized").view(-1).logical_or_(active)
-        self.steps = stacked(states, "step")
+        self.bucket.stack("initialized").view(-1).logical_or_(active)
+        self.steps = self.bucket.stack("step")
         self.steps += active if self.b == 1 else active.view(-1, self.b).any(dim=1)
 
     def _has_kernel(self) -> bool:
@@ -290,7 +263,7 @@ class Update:
             square_norm = square_norm + c * c * row_norm(scales)
         rates, keep = self._rates(active, lr_factor(self.group, self.shape, square_norm))
         keep = torch.ones_like(rates) if keep is None else keep
-        keys = keys_on(tuple(key_of(self.context.seed, ROUNDING, m.index) for m in self.members), U.device)
+        keys = self.bucket.rounding_keys(self.context.seed)
         weights = [member.param for member in self.members]
         left, how = U * (height * rates[:, None])[:, None, :], self.context.stochastic_rounding
         if spaces is None:
@@ -345,8 +318,8 @@ def observe_all(updates: Sequence[Update]) -> None:
 
 def take_all(updates: Sequence[Update], factor: Tensor | None) -> None:
     """Advance the momenta and weights of all updates; `factor` (0-dim) scales the gradients."""
-    batches = [(u.problem, u.beta, u.active) for u in updates if u.problem is not None]
-    solved = solve_all(batches, factor)
     for update in updates:
         own = None if factor is None else factor.to(update.active.device)
-        update.take(update.after(None if update.problem is None else next(solved), own), own)
+        update.take(update.after(own), own)
+        for member in update.members:
+            member.forget()

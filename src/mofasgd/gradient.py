@@ -133,6 +133,9 @@ class Gradient(Protocol):
     def sketches(self, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
         """Return (G V, G' U) by the stored factors, (b, m, r) and (b, n, r)."""
 
+    def ready(self) -> tuple[Tensor, Tensor] | None:
+        """Return (G V, G' U) of a single matrix, (m, r) and (n, r), if backward has left them as they are."""
+
     def start(self, first: FirstWindow, places: Tensor | None) -> tuple[Tensor, ...]:
         """Return `first.observe` of the matrices number `places` (None: all). May be called once."""
 
@@ -154,6 +157,10 @@ def sketch_all(gradients: Sequence[Gradient | None], U: Tensor, V: Tensor, batch
         from mofasgd.kernels.project import sketch_list
 
         return sketch_list(tensors, U, V)
+    ready = [pair for gradient in gradients if gradient is not None and (pair := gradient.ready()) is not None]
+    if len(ready) == len(gradients):
+        # A view for each of hundreds of layers would cost more than these two kernels.
+        return torch.stack([GV for GV, _ in ready]), torch.stack([GtU for _, GtU in ready])
     parts = []
     for i, gradient in enumerate(gradients):
         u, v = U[i * batch : (i + 1) * batch], V[i * batch : (i + 1) * batch]
@@ -178,7 +185,7 @@ def dense_tensors(gradients: Sequence[Gradient | None], dtype: torch.dtype) -> l
     return tensors if usable(device) and own is not torch.float64 else []
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class DenseGradient:
     """The gradient as a tensor of the parameter's shape, read only."""
 
@@ -192,6 +199,9 @@ class DenseGradient:
     def sketches(self, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
         """Return (G V, G' U)."""
         return sketch(self.dense(), U, V)
+
+    def ready(self) -> None:
+        """Return None: nobody has sketched it."""
 
     def start(self, first: FirstWindow, places: Tensor | None) -> tuple[Tensor, ...]:
         """Return the first window's sketches."""

@@ -51,7 +51,7 @@ class Factors(NamedTuple):
 
 def power_of_two(*tensors: Tensor) -> Tensor:
     """Largest power of two <= the largest magnitude, one for each matrix, shape (..., 1, 1); 1 where all are 0."""
-    largest = torch.stack([t.abs().amax(dim=(-2, -1)) for t in tensors]).amax(dim=0)
+    largest = torch.stack([torch.linalg.vector_norm(t, torch.inf, dim=(-2, -1)) for t in tensors]).amax(dim=0)
     # x / (2 mantissa) is a power of two without rounding. Below 2^-125 it might be subnormal, and useless to divide by.
     scale = (largest / (2 * torch.frexp(largest).mantissa)).clamp(min=2.0**-125)
     return torch.where(largest > 0, scale, 1.0)[..., None, None]

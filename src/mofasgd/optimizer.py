@@ -14,11 +14,12 @@ from mofasgd.algebra import SOLVERS
 from mofasgd.apply import Rounding
 from mofasgd.attach.window import Window
 from mofasgd.base import FactoredOptimizer, alone
+from mofasgd.buckets import Arrangement, Bucket, Member
 from mofasgd.clipping import count_bad, measure
 from mofasgd.dist.shards import is_sharded, local, part_of
 from mofasgd.exchange import Exchange
-from mofasgd.factored import Context, Displace, Member, Update, observe_all, take_all
-from mofasgd.gradient import DenseGradient, Gradient
+from mofasgd.factored import Context, Displace, Update, observe_all, take_all
+from mofasgd.gradient import DenseGradient
 from mofasgd.options import Group, check_choice, check_flag, check_polar, check_whole, complete
 from mofasgd.start import Start
 from mofasgd.state import factored_shape, waiting
@@ -87,6 +88,8 @@ class MoFaSGD(FactoredOptimizer):
     `mofasgd.momentum`; the published code's own step is `mofasgd.paper.AuthorsMFSGD`.
     """
 
+    _arrangement: Arrangement | None
+
     # GradScaler then hands over `grad_scale` and `found_inf` instead of deciding on the host.
     _step_supports_amp_scaling = True
 
@@ -119,7 +122,7 @@ class MoFaSGD(FactoredOptimizer):
             raise ValueError(
                 f"state_dtype={state_dtype} should be float32 or float64: bfloat16 factors lose orthonormality"
             )
-        self._handle, self._taken = None, Taken()
+        self._handle, self._taken, self._arrangement = None, Taken(), None
         vars(self).update(alone())
         self.max_grad_norm = max_grad_norm
         self.state_dtype, self.stochastic_rounding = state_dtype, stochastic_rounding
@@ -202,50 +205,40 @@ class MoFaSGD(FactoredOptimizer):
 
     def _observe(self, gate: Tensor | None, exchanged: Exchange) -> list[Update | AdamWUpdate]:
         """Return the observed parameters with a gradient, the factored ones in batches."""
-        context = self._context(gate)
-        starting: dict[tuple[Any, ...], tuple[list[Member], list[int]]] = {}
-        buckets: dict[tuple[Any, ...], list[Member]] = {}
+        arranged, context = self._arranged(), self._context(gate)
         unfactored: dict[tuple[Any, ...], list[AdamWMember]] = {}
-        assert self._pending is not None
-        for index, param, group in self._parameters():
-            if group["algorithm"] == "adamw":
-                plain = self._plain(index, param, group, exchanged)
-                if plain is not None:
-                    unfactored.setdefault((id(group), param.device), []).append(plain)
-                continue
-            if not self.state.get(param):
-                continue
-            member = self._member(index, param, group, exchanged)
-            key = (id(group), member.shape, param.device, param.dtype, member.part)
-            pending = self._pending.get(param)
-            if pending is None:
-                buckets.setdefault(key, []).append(member)
-            elif member.gradient is not None:
-                # Stacks that have started in part go alone.
-                alone = index if len(pending) < member.shape.batch else None
-                starting.setdefault((*key, alone), ([], pending))[0].append(member)
+        for index, param, group in arranged.unfactored:
+            plain = self._plain(index, param, group, exchanged)
+            if plain is not None:
+                unfactored.setdefault((id(group), param.device), []).append(plain)
         updates: list[Update | AdamWUpdate] = [AdamWUpdate(plain, gate) for plain in unfactored.values()]
-        for members, pending in starting.values():
-            some = Start.most(members[0])
-            updates += [Start(members[i : i + some], pending, context) for i in range(0, len(members), some)]
-        # A started parameter without a gradient stays beside the others, lest their state be moved in memory.
-        started = (members for members in buckets.values() if any(m.gradient is not None for m in members))
-        return updates + [Update(members, context) for members in started]
+        for members, pending in arranged.starting:
+            seen = [member for member in members if self._sees_gradient(member, exchanged)]
+            count = Start.most(members[0])
+            buckets = (Bucket(seen[i : i + count]) for i in range(0, len(seen), count))
+            updates += [Start(bucket, pending, context) for bucket in buckets]
+        for bucket in arranged.buckets:
+            # One without a gradient stays beside the others, lest their state be moved in memory.
+            some = False
+            for member in bucket.members:
+                some |= self._sees_gradient(member, exchanged)
+            if some:
+                updates.append(Update(bucket, context))
+        return updates
 
     def _check(self) -> None:
         """Raise ValueError for what no step can be taken with, before any gradient is read or sketch used up."""
-        for index, param, group in self._parameters():
+        for index, param, _ in self._parameters():
             if param.grad is not None and param.grad.is_sparse:
                 raise ValueError(f"parameter {index} has a sparse gradient: build its embedding with sparse=False")
-            state = self.state.get(param)
-            if group["algorithm"] == "adamw" or not state:
-                continue
-            kept, (_, rank) = state["s"].shape[-1], factored_shape(param, group)
-            if kept != rank:
-                raise ValueError(
-                    f"parameter {index} has a momentum of rank {kept} but its group now says {rank}: the rank of a "
-                    "running optimizer is fixed"
-                )
+        self._arranged()
+
+    def _arranged(self) -> Arrangement:
+        """Return how the parameters step together; raise ValueError if one cannot, before any gradient is read."""
+        assert self._pending is not None
+        if self._arrangement is None or not self._arrangement.fits(self._parameters(), self.state, self._pending):
+            self._arrangement = Arrangement(self._parameters(), self.state, self._pending)
+        return self._arrangement
 
     def _context(self, gate: Tensor | None) -> Context:
         return Context(self.solver, self._displace, self.seed, self.stochastic_rounding, gate)
@@ -265,16 +258,17 @@ class MoFaSGD(FactoredOptimizer):
         held = {key: local(value) for key, value in state.items()}
         return AdamWMember(local(param), own.grad, group, held, rounding, own.present, own.square)
 
-    def _member(self, index: int, param: Tensor, group: Group, exchanged: Exchange) -> Member:
-        """Return a factored parameter with what this step reads of its gradient."""
-        shape, _ = factored_shape(param, group)
-        gradient: Gradient | None = None if param.grad is None else DenseGradient(param.grad, shape)
+    def _sees_gradient(self, member: Member, exchanged: Exchange) -> bool:
+        """Note what this step reads of a member's gradient; return whether there is one."""
+        param, member.gradient = member.param, None
         if self._handle is not None and self._handle.sketches(param):
-            self._refuse_full_gradient(group)
-            gradient = self._handle.gradient(param)
+            self._refuse_full_gradient(member.group)
+            member.gradient = self._handle.gradient(param)
         elif is_sharded(param):
-            gradient = exchanged.windows.get(param)
-        return Member(index, param, group, self.state[param], shape, gradient, part=part_of(param))
+            member.gradient = exchanged.windows.get(param)
+        elif param.grad is not None:
+            member.gradient = DenseGradient(param.grad, member.shape)
+        return member.gradient is not None
 
     def _reads_gradient(self, group: Group) -> str | None:
         """Return what makes the step of a group of factored parameters read G itself, or None: its sketches do."""
@@ -287,10 +281,12 @@ class MoFaSGD(FactoredOptimizer):
         assert self._pending is not None
         pending = self._pending.get(param)
         context = self._context(None)
-        member = self._member(index, param, group, Exchange())
+        member = Member(index, param, group, self.state[param], factored_shape(param, group)[0])
         window = self._average(param, group)
+        self._sees_gradient(member, Exchange())
         member.gradient = window or member.gradient
-        update = Start([member], pending, context) if pending else Update([member], context)
+        bucket = Bucket([member])
+        update = Start(bucket, pending, context) if pending else Update(bucket, context)
         observe_all([update])
         take_all([update], None)
         self._taken.squares.append(update.square_norms.sum())
@@ -315,7 +311,7 @@ class MoFaSGD(FactoredOptimizer):
         return window
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_taken": Taken()}
+        return {**super().__getstate__(), "_taken": Taken(), "_arrangement": None}
 
     @property
     def _displace(self) -> Displace | None:
@@ -325,6 +321,8 @@ class MoFaSGD(FactoredOptimizer):
     def _settle(self, params: Sequence[Tensor]) -> None:
         """Note which matrices of `params` have started. Waits for the device if there are any."""
         assert self._pending is not None
-        for param in params:
-            del self._pending[param]
-        self._pending |= waiting({param: self.state[param] for param in params})
+        if params:
+            # A new object: what was arranged by the old one no longer holds.
+            started = set(params)
+            kept = {param: places for param, places in self._pending.items() if param not in started}
+            self._pending = kept | waiting({param: self.state[param] for param in params})

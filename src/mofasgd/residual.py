@@ -59,15 +59,25 @@ def _factors(Q: Tensor, P: Tensor, GP: Tensor, GtQ: Tensor, dtype: torch.dtype) 
     two = 2 * torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
     size = power_of_two(GP, GtQ)
     # (Q'Qr)^-1 = 2 I - Q'Qr up to the square of a rounding; where a column of Q is zero, so is what it multiplies.
-    T = (GtQ / size) @ (two - Q.mT @ Qr)
-    H = (GP / size - Q @ (T.mT @ Pr)) @ (two - P.mT @ Pr)
+    # Scales go into these small matrices, or each would be a pass over tall ones.
+    T = GtQ @ ((two - Q.mT @ Qr) / size)
+    oblique = two - P.mT @ Pr
+    H = torch.baddbmm(GP @ (oblique / size), Q, (T.mT @ Pr) @ oblique, alpha=-1)
     # Sums may be larger than the sketches, and float16 has no room for that.
     unit = (size * power_of_two(T, H)).clamp(min=2.0**-125)
-    T, H = T * (size / unit), H * (size / unit)
-    left, right = torch.cat([Q, H], dim=-1), torch.cat([T, P], dim=-1)
-    if dtype is not torch.float32:
-        left, right = (left * _HALF).to(torch.float16), (right * _HALF).to(torch.float16)
-    return Residual(left, right, 1 / unit[:, 0, 0], 1.0 if dtype is torch.float32 else _HALF**-2)
+    low = torch.float32 if dtype is torch.float32 else torch.float16
+    bound = 1.0 if dtype is torch.float32 else _HALF
+    left, right = (_joined(Q, H, low, bound, bound * size / unit), _joined(T, P, low, bound * size / unit, bound))
+    return Residual(left, right, 1 / unit[:, 0, 0], bound**-2)
+
+
+def _joined(A: Tensor, B: Tensor, dtype: torch.dtype, of_A: Tensor | float, of_B: Tensor | float) -> Tensor:
+    """Return [of_A A, of_B B] in `dtype`, written once."""
+    k = A.shape[-1]
+    result = torch.empty(*A.shape[:-1], 2 * k, dtype=dtype, device=A.device)
+    for part, factor, out in ((A, of_A, result[..., :k]), (B, of_B, result[..., k:])):
+        torch.mul(part, factor, out=out)
+    return result
 
 
 def residual_factors(gradients: Sequence[Tensor | None], Q: Tensor, P: Tensor) -> Residual:

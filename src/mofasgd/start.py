@@ -5,27 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mofasgd.buckets import Bucket, Member
 from mofasgd.complement import seen_spaces
-from mofasgd.factored import Context, Member, Update, clean
+from mofasgd.factored import Context, Update, clean
 from mofasgd.gradient import FirstWindow, first_factors, start_all
 from mofasgd.kernels import usable
 from mofasgd.momentum import Factors, init_widths, power_of_two, real_factors, sketch
 
-_TOGETHER = 1 << 25
-"""Elements of sketches that are turned into momenta at a time (128 MiB, some temporaries as large)."""
+_TOGETHER = 1 << 26
+"""Elements of sketches that are turned into momenta at a time (256 MiB, some temporaries as large)."""
 
 
 class Start(Update):
     """Parameters of one shape and group in their first window; one stack alone may hold started matrices as well."""
 
-    def __init__(self, members: list[Member], pending: list[int], context: Context) -> None:
-        """Observe `members`, whose matrices number `pending` (of b each) have no momentum yet."""
+    def __init__(self, bucket: Bucket, pending: list[int], context: Context) -> None:
+        """Observe parameters whose matrices number `pending` (of b each) have no momentum yet."""
+        members = bucket.members
         self.every = len(pending) == members[0].shape.batch
         assert self.every or len(members) == 1
         device = members[0].param.device
         self.pending = torch.arange(len(members) * len(pending), device=device)
         self.places = None if self.every else torch.tensor(pending, device=device)
-        super().__init__(members, context)
+        super().__init__(bucket, context)
 
     @staticmethod
     def most(member: Member) -> int:
@@ -71,11 +73,11 @@ class Start(Update):
             self.square_norms.index_copy(0, self.pending, squares),
         )
 
-    def after(self, solved: Factors | None, factor: Tensor | None) -> Factors:
+    def after(self, factor: Tensor | None) -> Factors:
         """Return M_1 of the matrices that start, the update of those that have started."""
         s = self.s if factor is None else self.s * factor
         first = self.first._replace(s=s.to(self.first.s.dtype))
-        return first if solved is None else self._with(solved, first)
+        return first if self.every else self._with(super().after(factor), first)
 
     def before(self) -> Factors:
         """Return M_1 of the matrices that start: it has no factors before it; the complement is taken of its own."""

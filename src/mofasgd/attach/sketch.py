@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from mofasgd.attach.swap import Attached, own_class
-from mofasgd.attach.window import Operands, Window
+from mofasgd.attach.window import Operands, Window, sums_unrounded
 from mofasgd.rng import gaussian
 
 
@@ -36,20 +36,24 @@ def _owned(y: Tensor) -> Tensor:
     return owned
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     # A call of `to` that changes nothing costs as much as a small kernel.
     return x if x.dtype is dtype else x.to(dtype)
 
 
-def _versions(U: Tensor | None, V: Tensor | None, keys: Tensor | None) -> tuple[int, ...]:
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype, window: Window | None) -> Tensor:
+    # Compiled graphs make one kernel of product and cast by themselves.
+    if window is not None and sums_unrounded(a, dtype):
+        return torch.mm(a, b, out_dtype=dtype)
+    return _cast(torch.mm(a, b), dtype)
+
+
+def _version(U: Tensor | None, V: Tensor | None, keys: Tensor | None) -> int:
     if U is not None and V is not None:
-        return U._version, V._version
+        # Each only grows: a change of either shows in the sum.
+        return U._version + V._version
     assert keys is not None
-    return (keys._version,)
+    return keys._version
 
 
 class _Node(torch.autograd.Function):
@@ -58,15 +62,16 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def keep(ctx: Any, x: Tensor, right: Tensor, left: Tensor, operands: Operands) -> None:
         """Keep input and operands."""
-        ctx.widths, ctx.dtype = (right.shape[1], left.shape[1]), right.dtype
         weight, U, V, keys, window = operands
-        ctx.window = window
+        ctx.window, ctx.dtype = window, right.dtype
+        if keys is not None:
+            ctx.widths = (right.shape[1], left.shape[1])
         if window is None:
             ctx.save_for_backward(x, weight, U, V, keys)
         else:
             ctx.save_for_backward(x)
             ctx.operands = operands
-            ctx.weight_version, ctx.versions = weight._version, _versions(U, V, keys)
+            ctx.weight_version, ctx.version = weight._version, _version(U, V, keys)
 
     @staticmethod
     def kept(ctx: Any, delta: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, bool]:
@@ -91,7 +96,7 @@ class _Node(torch.autograd.Function):
         weight, U, V, keys, _ = ctx.operands
         if not weight.requires_grad:
             return x, weight, None, None, None, False
-        if _versions(U, V, keys) != ctx.versions:
+        if _version(U, V, keys) != ctx.version:
             raise RuntimeError(
                 f"backward through {window.name!r}: what sketches its gradient has been modified by an inplace "
                 "operation, a step of the optimizer, since the forward; run the forward again"
@@ -101,12 +106,10 @@ class _Node(torch.autograd.Function):
         return x, weight, U, V, keys, True
 
 
-def _factor(stored: Tensor | None, keys: Tensor | None, side: int, shape: tuple[int, int], delta: Tensor) -> Tensor:
-    """Return V (side 0) or U (side 1), or the test matrix of the first window, which is made here and not kept."""
-    if stored is not None:
-        return stored
+def _test_matrix(ctx: Any, keys: Tensor | None, side: int, rows: int, delta: Tensor) -> Tensor:
+    """Return what stands for V (side 0) or U (side 1) in the first window; it is made here and not kept."""
     assert keys is not None
-    return gaussian(*shape, keys[side], delta.device, delta.dtype)
+    return gaussian(rows, ctx.widths[side], keys[side], delta.device, delta.dtype)
 
 
 class _LinearSketch(_Node):
@@ -125,27 +128,35 @@ class _LinearSketch(_Node):
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, U, V, keys, sketch = _Node.kept(ctx, delta)
-        shape = x.shape
-        x, d = _rows(x), _rows(delta)
+        window: Window | None = ctx.window
+        # Of one row of x, or none, matrices all the same.
+        flat = x.dim() == 2
+        d = delta if flat else delta.reshape(-1, delta.shape[-1])
         dx = db = GV = GtU = None
         if ctx.needs_input_grad[0]:
-            if ctx.window is not None and weight._version != ctx.weight_version:
+            if window is not None and weight._version != ctx.weight_version:
                 raise RuntimeError(
-                    f"{ctx.window.name!r}, needed for the gradient of its layer's input, has been modified by an "
+                    f"{window.name!r}, needed for the gradient of its layer's input, has been modified by an "
                     "inplace operation since the forward"
                 )
             # Under autocast the weight is cast once more instead of being held until now.
-            dx = _cast(d @ _cast(weight, d.dtype), ctx.input).view(shape)
+            dx = _cast(torch.mm(d, _cast(weight, d.dtype)), ctx.input)
+            dx = dx if flat else dx.view(*x.shape)
         if ctx.needs_input_grad[1]:
             db = _cast(d.sum(0), ctx.bias)
         if sketch:
-            V = _factor(V, keys, 0, (x.shape[1], ctx.widths[0]), d)
-            GV = _cast(d.mT @ (x @ V), ctx.dtype)
+            x = x if flat else x.reshape(-1, x.shape[-1])
+            V = _test_matrix(ctx, keys, 0, x.shape[1], d) if V is None else V
+            GV = _product(d.mT, torch.mm(x, V), ctx.dtype, window)
             # Before U is made: of the first window's matrices there is one at a time.
             del V
-            U = _factor(U, keys, 1, (d.shape[1], ctx.widths[1]), d)
-            GtU = _cast(x.mT @ (d @ U), ctx.dtype)
+            U = _test_matrix(ctx, keys, 1, d.shape[1], d) if U is None else U
+            GtU = _product(x.mT, torch.mm(d, U), ctx.dtype, window)
         return dx, db, GV, GtU, None
+
+
+# `apply` without torch's search for functorch's transforms, which costs a quarter of it: `_live` lets none in.
+_linear_sketch = super(torch.autograd.Function, _LinearSketch).apply
 
 
 class _EmbeddingSketch(_Node):
@@ -166,13 +177,14 @@ class _EmbeddingSketch(_Node):
         ids, _, U, V, keys, sketch = _Node.kept(ctx, delta)
         if not sketch:
             return (None,) * 5
-        ids, d = ids.reshape(-1), _rows(delta)
-        dV = (d @ _factor(V, keys, 0, (d.shape[1], ctx.widths[0]), d)).to(ctx.dtype)
+        ids, d = ids.reshape(-1), delta.reshape(-1, delta.shape[-1])
+        V = _test_matrix(ctx, keys, 0, d.shape[1], d) if V is None else V
+        dV = _product(d, V, ctx.dtype, ctx.window)
         # torch's own sum over equal indices, as deterministic as a dense embedding's.
         GV = torch.ops.aten.embedding_dense_backward.default(dV, ids, ctx.rows, ctx.padding, False)
-        U = _factor(U, keys, 1, (ctx.rows, ctx.widths[1]), d)
-        GtU = d.mT @ torch.where((ids == ctx.padding)[:, None], 0.0, U[ids])
-        return None, GV, GtU.to(ctx.dtype), None, None
+        U = _test_matrix(ctx, keys, 1, ctx.rows, d) if U is None else U
+        GtU = _product(d.mT, torch.where((ids == ctx.padding)[:, None], 0.0, U[ids]), ctx.dtype, ctx.window)
+        return None, GV, GtU, None, None
 
 
 class _Sketched(Attached):
@@ -218,7 +230,8 @@ class SketchedLinear(_Sketched):
         own = self._parameters
         # Attributes of a module are slow; a computed bias is one all the same.
         bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
-        y: Tensor = _LinearSketch.apply(input, bias, *window.operands())  # type: ignore[no-untyped-call]
+        apply: Any = _LinearSketch.apply if torch.compiler.is_compiling() else _linear_sketch
+        y: Tensor = apply(input, bias, *window.operands())
         return y
 
 

@@ -42,8 +42,22 @@ def _plus(total: Pair | None, more: Pair | None) -> Pair | None:
     return tuple(a + b for a, b in zip(total, more, strict=True))
 
 
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def sums_unrounded(t: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `out_dtype` makes products of matrices like `t` leave their sums in `dtype`: one kernel, more exact."""
+    return t.is_cuda and t.dtype in _HALVES and dtype is torch.float32
+
+
 _TILE = 1 << 22
 """Elements of a gradient that are cast at a time."""
+
+
+def _rounded(factors: Tensor, dtype: torch.dtype) -> Tensor:
+    # A test matrix that all matrices of a stack share stays one.
+    shared = factors.stride(0) == 0
+    return factors[:1].to(dtype).expand_as(factors) if shared else factors.to(dtype)
 
 
 @in_true_float32
@@ -53,6 +67,11 @@ def _add_sketch(GV: Tensor, GtU: Tensor, G: Tensor, U: Tensor, V: Tensor) -> Non
     if G.dtype is U.dtype:
         GV.baddbmm_(G, V)
         GtU.baddbmm_(G.mT, U)
+        return
+    if sums_unrounded(G, U.dtype):
+        # By U and V rounded to G's dtype, as the kernels of dense gradients (`kernels.project`).
+        GV += torch.bmm(G, _rounded(V, G.dtype), out_dtype=GV.dtype)
+        GtU += torch.bmm(G.mT, _rounded(U, G.dtype), out_dtype=GtU.dtype)
         return
     matrices, rows = max(1, _TILE // (m * n)), max(1, _TILE // n)
     for i in range(0, batch, matrices):
@@ -125,7 +144,8 @@ class Window:
     @property
     def empty(self) -> bool:
         """Whether no gradient has come."""
-        return self._sketches is None and self._start is None and self._probed() is None
+        probed = self.probes is not None and self.probes[0].grad is not None
+        return not probed and self._sketches is None and self._start is None
 
     @property
     def nbytes(self) -> int:
@@ -134,9 +154,10 @@ class Window:
         return sum(t.numel() * t.element_size() for t in held)
 
     def _probed(self) -> Pair | None:
-        if self.probes is None or self.probes[0].grad is None:
+        if self.probes is None:
             return None
-        return tuple(probe.grad[None] for probe in self.probes if probe.grad is not None)
+        right, left = self.probes[0].grad, self.probes[1].grad
+        return None if right is None or left is None else (right[None], left[None])
 
     def operands(self) -> tuple[Tensor, Tensor, Operands]:
         """Return the right and the left probe, and what else a layer's backward reads."""
@@ -240,6 +261,13 @@ class Window:
             return torch.zeros_like(U), torch.zeros_like(V)
         GV, GtU = total
         return GV, GtU
+
+    def ready(self) -> tuple[Tensor, Tensor] | None:
+        """Return what layers have sketched, (m, r) and (n, r), if that is all there is."""
+        if self.pending or self._sketches is not None or self.probes is None:
+            return None
+        right, left = self.probes[0].grad, self.probes[1].grad
+        return None if right is None or left is None else (right, left)
 
     def start(self, first: FirstWindow, places: Tensor | None) -> Pair:
         """Hand over the sums of the first window; they are no longer held here."""

@@ -14,21 +14,21 @@ import triton.language as tl
 from torch import Tensor
 
 from mofasgd.kernels import pointers
-from mofasgd.kernels.common import matrix_at, operand, precision, stochastic_bfloat16, tile_halves
+from mofasgd.kernels.common import Tiles, block, matrix_at, operand, precision, stochastic_bfloat16, tile_halves
 
 
 @triton.jit
 def _apply(
-    weights, left, right, keep, keys, steps, m, n, rank, slices, tiles,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCKS: tl.constexpr, BFLOAT16: tl.constexpr,
+    weights, left, right, keep, keys, steps, m, n, rank, slices, chunk,
+    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr, BFLOAT16: tl.constexpr,
     STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`tiles` tiles of M x N elements, side by side, of matrix `batch`; K columns of the factors at a time."""
+    """M rows by `chunk` columns of matrix `batch`, N at a time; R columns of the factors at a time."""
     batch = tl.program_id(1).to(tl.int64)
-    strips = tl.cdiv(n, N * tiles)
+    strips = tl.cdiv(n, chunk)
     rows = (tl.program_id(0) // strips) * M + tl.arange(0, M)
-    first = (tl.program_id(0) % strips) * tiles * N
+    first = (tl.program_id(0) % strips) * chunk
     row = rows < m
     W = matrix_at(weights + batch, tl.bfloat16 if BFLOAT16 else tl.float32, ALIGNED)
     left += batch * m * rank
@@ -37,24 +37,40 @@ def _apply(
     param, before = batch // slices, (batch % slices) * m * n
     step = tl.load(steps + param)
 
+    k = tl.arange(0, R)
+    if BLOCKS == 1:
+        # A loop that stores does not hoist what it loads itself.
+        L = tl.load(left + rows[:, None] * rank + k[None, :], mask=row[:, None] & (k < rank)[None, :], other=0.0)
     # The loop is what lets the next tile be read while this one is multiplied.
-    for start in tl.range(first, tl.minimum(first + tiles * N, n), N, num_stages=3):
+    for start in tl.range(first, tl.minimum(first + chunk, n), N, num_stages=STAGES):
         columns = start + tl.arange(0, N)
         column = columns < n
         inside = (rows[:, None].to(tl.int64) if WIDE else rows[:, None]) * n + columns[None, :]
         mask = row[:, None] & column[None, :]
         value = tl.load(W + inside, mask=mask, other=0.0).to(tl.float32) * kept
-        for block in tl.static_range(BLOCKS):
-            k = block * K + tl.arange(0, K)
-            real = k < rank
-            L = tl.load(left + rows[:, None] * rank + k[None, :], mask=row[:, None] & real[None, :], other=0.0)
-            T = tl.load(right + k[:, None] * n + columns[None, :], mask=real[:, None] & column[None, :], other=0.0)
+        if BLOCKS == 1:
+            T = tl.load(
+                right + k[:, None] * n + columns[None, :], mask=(k < rank)[:, None] & column[None, :], other=0.0
+            )
             value -= tl.dot(L.to(DOT), T.to(DOT), input_precision=PRECISION)
+        else:
+            for block in range(BLOCKS):
+                j = block * R + k
+                real = j < rank
+                A = tl.load(left + rows[:, None] * rank + j[None, :], mask=row[:, None] & real[None, :], other=0.0)
+                T = tl.load(right + j[:, None] * n + columns[None, :], mask=real[:, None] & column[None, :], other=0.0)
+                value -= tl.dot(A.to(DOT), T.to(DOT), input_precision=PRECISION)
         if STOCHASTIC:
             halves = tile_halves(keys + 2 * param, step, before, rows, start, n, N, EVEN)
             tl.store(W + inside, stochastic_bfloat16(value, halves), mask=mask)
         else:
             tl.store(W + inside, value.to(W.dtype.element_ty), mask=mask)
+
+
+def _tiles(rank: int, bfloat16: bool) -> Tiles:
+    if not bfloat16:
+        return Tiles(64, 64, 32, 1024, 4, 2)
+    return Tiles(64 if rank <= 128 else 128, 64, 256, 1024, 4 if rank <= 64 else 8, 3)
 
 
 def apply_factored(
@@ -66,6 +82,7 @@ def apply_factored(
     steps: Tensor,
     *,
     stochastic: bool,
+    tiles: Tiles | None = None,
 ) -> None:
     """Set W <- keep W - left right' for every matrix of `weights`, in place, in one launch.
 
@@ -76,6 +93,7 @@ def apply_factored(
         keys: (len(weights), 2) int32, rows of `rng.key_tensor`.
         steps: (len(weights),), number of the step.
         stochastic: round bfloat16 at random.
+        tiles: for measurements.
     """
     batch, m, rank = left.shape
     n = right.shape[1]
@@ -85,14 +103,15 @@ def apply_factored(
     table, aligned = pointers(weights, slices, m * n * weights[0].element_size(), left.device)
     # Rows of the right factor are read as they lie in a tile of W.
     left, right = left.to(dtype).contiguous(), right.mT.to(dtype).contiguous()
-    M, N, K = 64, 64, min(128, max(16, triton.next_power_of_2(rank)))
+    t = tiles or _tiles(rank, bfloat16)
     # Long strips, but enough of them for every multiprocessor.
-    tiles = max(1, min(16, batch * triton.cdiv(m, M) * triton.cdiv(n, N) // 2048))
-    grid = (triton.cdiv(m, M) * triton.cdiv(n, N * tiles), batch)
+    chunk = t.N * max(1, min(t.chunk // t.N, batch * triton.cdiv(m, t.M) * triton.cdiv(n, t.N) // 2048))
+    R = block(rank, t.R)
+    grid = (triton.cdiv(m, t.M) * triton.cdiv(n, chunk), batch)
     with torch.cuda.device_of(left):
         _apply[grid](
-            table, left, right, keep, keys, steps, m, n, rank, slices, tiles,
-            M=M, N=N, K=K, BLOCKS=triton.cdiv(rank, K), BFLOAT16=bfloat16, STOCHASTIC=stochastic and bfloat16,
+            table, left, right, keep, keys, steps, m, n, rank, slices, chunk,
+            M=t.M, N=t.N, R=R, BLOCKS=triton.cdiv(rank, R), BFLOAT16=bfloat16, STOCHASTIC=stochastic and bfloat16,
             ALIGNED=aligned, EVEN=n % 2 == 0, WIDE=m * n >= 2**31, DOT=operand(dtype), PRECISION=precision(dtype),
-            num_warps=4,
+            STAGES=t.stages, num_warps=t.warps,
         )  # fmt: skip

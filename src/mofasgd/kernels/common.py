@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,23 @@ def precision(dtype: torch.dtype) -> str:
     """Return how matrices of `dtype` are multiplied."""
     # Three products of TF32 parts are as good as one in float32, and a tensor core makes them.
     return "tf32x3" if dtype is torch.float32 else "tf32"
+
+
+class Tiles(NamedTuple):
+    """How a kernel is cut: rows M, columns N, factors' columns R at a time; columns of a program; warps, stages."""
+
+    M: int
+    N: int
+    R: int
+    chunk: int
+    warps: int
+    stages: int
+
+
+def block(columns: int, most: int) -> int:
+    """Return how many of the factors' `columns` are multiplied at a time: a power of two, `most` at most."""
+    power: int = triton.next_power_of_2(columns)
+    return min(most, max(16, power))
 
 
 @triton.jit

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -15,18 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mofasgd.kernels import pointers
-from mofasgd.kernels.common import TYPES, matrix_at, operand, precision, stochastic_bfloat16, tile_halves
-
-
-class Tiles(NamedTuple):
-    """How a kernel is cut: rows M, columns N, factors' columns R at a time; columns of a program; warps, stages."""
-
-    M: int
-    N: int
-    R: int
-    chunk: int
-    warps: int
-    stages: int
+from mofasgd.kernels.common import TYPES, Tiles, block, matrix_at, operand, precision, stochastic_bfloat16, tile_halves
 
 
 @triton.jit
@@ -98,11 +86,6 @@ def _squares(
     tl.store(result + m, of_G, mask=rows < m)
 
 
-def _block(inner: int, most: int) -> int:
-    power: int = triton.next_power_of_2(inner)
-    return min(most, max(16, power))
-
-
 def row_squares(
     gradients: Sequence[Tensor | None],
     left: Tensor,
@@ -131,7 +114,7 @@ def row_squares(
         left, right, m, n, along, across = right, left, n, m, across, along
     if left.dtype is torch.float16:
         # All columns of the factors at once, where shared memory has room for them.
-        t = tiles or (Tiles(64, 64, 128, 2048, 4, 3) if inner <= 128 else Tiles(64, 64, 256, 2048, 4, 2))
+        t = tiles or (Tiles(64, 32, 128, 2048, 4, 4) if inner <= 128 else Tiles(64, 64, 256, 2048, 4, 2))
     else:
         t = tiles or Tiles(64, 64, 32, 2048, 4, 2)
     parts = triton.cdiv(n, t.chunk)
@@ -139,7 +122,7 @@ def row_squares(
     with torch.cuda.device_of(left):
         _squares[(triton.cdiv(m, t.M), parts, batch)](
             table, left, right, inverse, squares, m, n, along, across, inner,
-            M=t.M, N=t.N, R=_block(inner, t.R), CHUNK=t.chunk, GRADIENT=TYPES[some.dtype], ALIGNED=aligned,
+            M=t.M, N=t.N, R=block(inner, t.R), CHUNK=t.chunk, GRADIENT=TYPES[some.dtype], ALIGNED=aligned,
             WIDE=m * n >= 2**31, SCALE=scale, PRECISION=precision(left.dtype), STAGES=t.stages, num_warps=t.warps,
         )  # fmt: skip
     of_R, of_G = squares.sum(dim=1).unbind(dim=1)
@@ -171,6 +154,11 @@ def _apply(
     residual_left += batch * m * inner
     residual_right += batch * n * inner
     A = _first(residual_left, rows, m, inner, R)
+    left += batch * m * rank
+    right += batch * n * rank
+    k = tl.arange(0, F)
+    if rank <= F:
+        L = _first(left, rows, m, rank, F)
 
     # The loop lets the next tile be read while this one is multiplied.
     for first in tl.range(begin, tl.minimum(begin + CHUNK, n), N, num_stages=STAGES):
@@ -192,19 +180,18 @@ def _apply(
         # What does not move may be infinite or NaN.
         update = tl.where(scale != 0, rest * scale, 0.0)
 
-        for start in tl.static_range(0, rank, F):
-            k = start + tl.arange(0, F)
-            L = tl.load(
-                left + batch * m * rank + rows[:, None] * rank + k[None, :],
-                mask=row[:, None] & (k < rank)[None, :],
-                other=0.0,
-            )
+        if rank <= F:
             T = tl.load(
-                right + batch * n * rank + columns[None, :] * rank + k[:, None],
-                mask=column[None, :] & (k < rank)[:, None],
-                other=0.0,
+                right + k[:, None] * n + columns[None, :], mask=(k < rank)[:, None] & column[None, :], other=0.0
             )
             update = tl.dot(L.to(DOT), T.to(DOT), update, input_precision=PRECISION)
+        else:
+            for start in range(0, rank, F):
+                j = start + k
+                real = j < rank
+                near = tl.load(left + rows[:, None] * rank + j[None, :], mask=row[:, None] & real[None, :], other=0.0)
+                T = tl.load(right + j[:, None] * n + columns[None, :], mask=real[:, None] & column[None, :], other=0.0)
+                update = tl.dot(near.to(DOT), T.to(DOT), update, input_precision=PRECISION)
 
         value = value * kept - update
         if STOCHASTIC:
@@ -253,13 +240,16 @@ def apply_complement(
     weight_table, weight_aligned = pointers(weights, slices, m * n * dtype.itemsize, left.device)
     gradient_table, gradient_aligned = pointers(gradients, slices, m * n * of.itemsize, left.device)
     low = dtype is torch.bfloat16 and of is torch.bfloat16
-    t = tiles or Tiles(64, 64, 128 if A.dtype is torch.float16 else 32, 512, 4, 2)
+    narrow = A.dtype is torch.float16 and inner <= 128
+    t = tiles or (
+        Tiles(128, 64, 128, 1024, 8, 3) if narrow else Tiles(64, 64, 128 if A.dtype is torch.float16 else 32, 512, 4, 2)
+    )
     # Cast here, as by `apply_factored`.
-    left, right = left.to(dtype).contiguous(), right.to(dtype).contiguous()
+    left, right = left.to(dtype).contiguous(), right.mT.to(dtype).contiguous()
     with torch.cuda.device_of(left):
         _apply[(triton.cdiv(m, t.M) * triton.cdiv(n, t.chunk), batch)](
             weight_table, gradient_table, A, B, inverse, scales, left, right, keep, keys, steps,
-            m, n, slices, inner, rank, M=t.M, N=t.N, R=_block(inner, t.R), F=_block(rank, 128 if low else 32),
+            m, n, slices, inner, rank, M=t.M, N=t.N, R=block(inner, t.R), F=block(rank, 128 if low else 32),
             CHUNK=t.chunk, WEIGHT=TYPES[dtype], GRADIENT=TYPES[of],
             STOCHASTIC=stochastic and dtype is torch.bfloat16, TRANSPOSED=transposed, WEIGHT_ALIGNED=weight_aligned,
             GRADIENT_ALIGNED=gradient_aligned, EVEN=n % 2 == 0, WIDE=m * n >= 2**31, SCALE=scale,

@@ -64,22 +64,25 @@ def _combine(U, S, weights, result, active, m, rank, M: tl.constexpr, N: tl.cons
         tl.store(at, total.to(tl.float32), mask=(rows < m)[:, None] & (columns < rank)[None, :])
 
 
-def gram(U: Tensor, S: Tensor, T: int = 64, M: int = 32, warps: int = 4) -> Tensor:
-    """Return [U S]' [U S] (B, 2r, 2r) in float64 from float32 (B, m, r) each."""
+def gram(U: Tensor, S: Tensor, out: Tensor, T: int = 64, M: int = 32, warps: int = 4) -> None:
+    """Put [U S]' [U S] into `out` (B, 2r, 2r), float64, contiguous, from float32 (B, m, r) each."""
+    U, S = U.contiguous(), S.contiguous()
     batch, m, rank = U.shape
     T = min(T, max(16, triton.next_power_of_2(2 * rank)))
     tiles = triton.cdiv(2 * rank, T) ** 2
     chunks = max(1, min(triton.cdiv(m, 256), triton.cdiv(512, tiles * batch)))
     chunk = triton.cdiv(triton.cdiv(m, chunks), M) * M
     chunks = triton.cdiv(m, chunk)
-    parts = U.new_empty(batch, chunks, 2 * rank, 2 * rank, dtype=torch.float64)
+    parts = out if chunks == 1 else out.new_empty(batch, chunks, 2 * rank, 2 * rank)
     with torch.cuda.device_of(U):
         _gram[(tiles, chunks, batch)](U, S, parts, m, rank, chunk, T=T, M=M, num_warps=warps)
-    return parts.sum(dim=1) if chunks > 1 else parts[:, 0]
+    if chunks > 1:
+        torch.sum(parts, dim=1, out=out)
 
 
 def combine(U: Tensor, S: Tensor, weights: Tensor, active: Tensor, M: int = 64, K: int = 32, warps: int = 4) -> Tensor:
     """Return [U S] W (B, m, r) in float32 from W (B, 2r, r) float64; rows of matrices not `active` (B,) undefined."""
+    U, S = U.contiguous(), S.contiguous()
     batch, m, rank = U.shape
     result = torch.empty_like(U)
     N = min(64, max(16, triton.next_power_of_2(rank)))

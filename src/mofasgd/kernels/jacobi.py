@@ -52,11 +52,13 @@ def _jacobi(A, rows, columns, HALF: tl.constexpr, C: tl.constexpr, SWEEPS: tl.co
 
 
 def orthogonal_rows(A: Tensor) -> Tensor:
-    """Return J A (B, k, c) for a rotation J such that its rows are orthogonal; A is float32 of magnitude about 1."""
+    """Return J A (B, k, c) for a rotation J such that its rows are orthogonal; A is overwritten.
+
+    A is float32, contiguous, of magnitude about 1.
+    """
     batch, rows, columns = A.shape
     if rows % 2:
         A = torch.cat([A, A.new_zeros(batch, 1, columns)], dim=1)
-    A = A.contiguous().clone()
     HALF, C = triton.next_power_of_2(A.shape[1] // 2), triton.next_power_of_2(columns)
     warps = min(16, max(1, HALF * C // 512))
     with torch.cuda.device_of(A):

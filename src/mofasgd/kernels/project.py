@@ -73,7 +73,8 @@ def _multiply(table: tuple[Tensor, bool], factor: Tensor, shape: tuple[int, int]
     dtype, batch, (m, n), rank = factor.dtype, len(factor), shape, factor.shape[-1]
     if rank > WIDEST:
         return torch.cat([_multiply(table, part.contiguous(), shape, strides) for part in factor.split(WIDEST, -1)], -1)
-    R = max(16, triton.next_power_of_2(rank))
+    # A product 16 columns wide takes longer than one of 32.
+    R = max(32, triton.next_power_of_2(rank))
     narrow = R <= 64 and dtype is not torch.float32
     M, N, warps, stages = (64, 128, 4, 4) if narrow else (64, 64, 4, 2) if dtype is torch.float32 else (128, 64, 8, 3)
     result = torch.empty(batch, m, rank, dtype=torch.float32, device=factor.device)

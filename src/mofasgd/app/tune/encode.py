@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,15 +48,19 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _encode_chat(tokenizer: Any, messages: list[Message]) -> Example:
-    ids = _template(tokenizer, messages, ask=False)
+    @functools.cache
+    def rendered(count: int, ask: bool) -> list[int]:
+        return _template(tokenizer, messages[:count], ask=ask)
+
+    ids = rendered(len(messages), False)
     labels = [IGNORED] * len(ids)
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             # Templates that render earlier turns otherwise than the last (without its reasoning) agree up to a point.
-            start = _common(_template(tokenizer, messages[:i], ask=True), ids)
-            end = _common(_template(tokenizer, messages[: i + 1], ask=False), ids)
+            start = _common(rendered(i, True), ids)
+            end = _common(rendered(i + 1, False), ids)
             labels[start:end] = ids[start:end]
-    return Example(ids, labels, _template(tokenizer, messages[:-1], ask=True), messages[-1]["content"])
+    return Example(ids, labels, rendered(len(messages) - 1, True), messages[-1]["content"])
 
 
 def _encode_plain(tokenizer: Any, prompt: str, completion: str) -> Example:

@@ -8,6 +8,7 @@ import json
 import math
 import shlex
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from mofasgd.app.record import JsonLines, environment, read_metrics
 from mofasgd.app.signals import catch_signals
 from mofasgd.app.tune.answers import answer_loss, exact_match, write
 from mofasgd.app.tune.callback import Progress
-from mofasgd.app.tune.config import FinetuneConfig
+from mofasgd.app.tune.config import FinetuneConfig, RowsConfig
 from mofasgd.app.tune.encode import Example, load
 from mofasgd.app.tune.methods import resolve
 from mofasgd.app.tune.models import load_tokenizer, save
@@ -43,10 +44,13 @@ _FREE = {
 """Without influence on the weights."""
 
 
+Load = Callable[[Any, RowsConfig, Skipped], tuple[list[Example], list[Example]]]
+
+
 class Session:
     """One start of `mofasgd finetune` on a run folder."""
 
-    def __init__(self, config: FinetuneConfig, display: Display) -> None:
+    def __init__(self, config: FinetuneConfig, display: Display, load: Load = load) -> None:
         self.config, self.display, self.settings = config, display, resolve(config)
         self.skipped = Skipped()
         self.tokenizer = load_tokenizer(config.model, config.data.chat_template)
@@ -228,12 +232,13 @@ def _told(metrics: dict[str, Any]) -> str:
     return ", ".join(form.format(metrics[key]) for key, form in names.items() if key in metrics)
 
 
-def train(config: FinetuneConfig, display: Display) -> dict[str, Any]:
+def train(config: FinetuneConfig, display: Display, load: Load = load) -> dict[str, Any]:
     """Run `config` to its end and return the result, which is also in run.json.
 
     Args:
         config: of the run.
         display: of its progress.
+        load: reads the rows, as `encode.load` does.
 
     Raises:
         ValueError: for a configuration, model or data that cannot be used, or a run folder that does not fit.
@@ -247,7 +252,7 @@ def train(config: FinetuneConfig, display: Display) -> dict[str, Any]:
     begin_run()
     disable_progress_bars()
     with locked(out, "out"):
-        session = Session(config, display)
+        session = Session(config, display, load)
         earlier = read_json(out / "run.json") if config.resume else {}
         if "result" in earlier:
             display.note(f"{out} has already taken its {earlier['result']['steps']} steps")

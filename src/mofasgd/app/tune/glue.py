@@ -184,6 +184,20 @@ def identity(run: Run) -> dict[str, Any]:
     return {**found, "rows": limit and [limit, run.config.seeds[0]]}
 
 
+def grid(config: GlueConfig, found: list[Spec]) -> Grid:
+    """Return the table of cells `found`."""
+    return Grid(
+        config.out,
+        found,
+        config.seeds,
+        config.jobs,
+        score="score",
+        highest=True,
+        make=lambda task, method, seed: Run(config, task, method, seed),
+        identity=identity,
+    )
+
+
 def glue(config: GlueConfig) -> None:
     """Make the runs of `config` that are missing and show the table."""
     found = specs(config)
@@ -192,13 +206,4 @@ def glue(config: GlueConfig) -> None:
         load_tokenizer(config.model)
         for task in names(config.task):
             load(config.data, task, Skipped())
-        Grid(
-            config.out,
-            found,
-            config.seeds,
-            config.jobs,
-            score="score",
-            highest=True,
-            make=lambda task, method, seed: Run(config, task, method, seed),
-            identity=identity,
-        ).run(execute)
+        grid(config, found).run(execute)

@@ -93,40 +93,44 @@ class Grid:
         self.path = out / "results.json"
         self.content: dict[str, Any] = read_json(self.path) if self.path.exists() else {"runs": []}
 
-    def _job(self, spec: Spec, lr: float, seed: int) -> Job:
+    def job(self, spec: Spec, lr: float, seed: int) -> Job:
+        """Return the run of a cell with one of its rates."""
         method = spec.rates[lr]
         run = self.make(spec.column, method, seed)
         deciding = [spec.column, spec.label, seed, method.method, resolve(method), self.identity(run)]
         digest = hashlib.sha256(json.dumps(deciding, sort_keys=True, default=str).encode()).hexdigest()[:16]
         return Job(spec, lr, seed, run, digest)
 
-    def _find(self, job: Job) -> Result | None:
+    def find(self, job: Job) -> Result | None:
+        """Return the result that is kept of a job."""
         return next((run for run in self.content["runs"] if run["digest"] == job.digest), None)
 
-    def _keep(self, result: Result) -> None:
+    def keep(self, result: Result) -> None:
+        """Add a result to results.json."""
         self.content["runs"].append(result)
         write_json(self.path, self.content)
         if self.workers == 1:
             place = "{column}, {label}, lr {lr:g}, seed {seed}".format(**result)
-            Display().note(f"{place}: {self._told(result)}")
+            Display().note(f"{place}: {self.told(result)}")
 
-    def _told(self, result: Result) -> str:
+    def told(self, result: Result) -> str:
+        """Return a result as a message."""
         return "diverged" if result[self.score] is None else f"{self.score} {result[self.score]:.5g}"
 
     def _sweep(self, jobs: Sequence[Job], execute: Callable[[Any], Result]) -> None:
-        missing = [job for job in jobs if self._find(job) is None]
+        missing = [job for job in jobs if self.find(job) is None]
         if len(missing) < len(jobs):
             Display().note(f"{self.path} has {len(jobs) - len(missing)} of {len(jobs)} runs already")
         runner = Execute(execute, self.workers)
-        sweep(missing, runner, self.workers, self._keep, lambda job: job.name, self._told)
+        sweep(missing, runner, self.workers, self.keep, lambda job: job.name, self.told)
 
-    def _worth(self, result: Result) -> float:
+    def worth(self, result: Result) -> float:
         """Return a number that is lower for a better result."""
         value = result[self.score]
         return float("inf") if value is None else -value if self.highest else value
 
     def _results(self, jobs: Sequence[Job]) -> list[Result]:
-        return [result for job in jobs if (result := self._find(job)) is not None]
+        return [result for job in jobs if (result := self.find(job)) is not None]
 
     def run(self, execute: Callable[[Any], Result]) -> list[Result]:
         """Make the runs that are missing; write and show the table; return its cells.
@@ -136,26 +140,36 @@ class Grid:
         """
         first, *others = self.seeds
         try:
-            grid = [[self._job(spec, lr, first) for lr in spec.rates] for spec in self.specs]
-            self._sweep([job for jobs in grid for job in jobs], execute)
-            best = [min(self._results(jobs), key=self._worth) for jobs in grid]
-            repeats = [
-                [self._job(spec, top["lr"], seed) for seed in others if top[self.score] is not None]
-                for spec, top in zip(self.specs, best, strict=True)
-            ]
-            self._sweep([job for jobs in repeats for job in jobs], execute)
+            self._sweep([self.job(spec, lr, first) for spec in self.specs for lr in spec.rates], execute)
+            best = [(spec, self.best(spec)) for spec in self.specs]
+            repeats = [(spec, top["lr"]) for spec, top in best if top is not None and top[self.score] is not None]
+            self._sweep([self.job(spec, lr, seed) for spec, lr in repeats for seed in others], execute)
         except (Stopped, KeyboardInterrupt) as error:
             reason = str(error) or "interrupted."
             raise Stopped(f"{reason} The same call again makes the missing runs only") from error
-        chosen = [[top, *self._results(jobs)] for top, jobs in zip(best, repeats, strict=True)]
-        cells = [self._cell(spec, runs) for spec, runs in zip(self.specs, chosen, strict=True)]
+        cells = self.report(self.specs)
+        display = Display()
+        display.console.print(table(cells))
+        display.note(f"{self.path} has all runs, {self.out / 'table.md'} the table")
+        return cells
+
+    def best(self, spec: Spec) -> Result | None:
+        """Return the best result with the first seed, None if there is none yet."""
+        return min(
+            self._results([self.job(spec, lr, self.seeds[0]) for lr in spec.rates]), key=self.worth, default=None
+        )
+
+    def report(self, specs: Sequence[Spec]) -> list[Result]:
+        """Write and return the cells of `specs` that have a result."""
+        cells = []
+        for spec in specs:
+            if (top := self.best(spec)) is not None:
+                others = self._results([self.job(spec, top["lr"], seed) for seed in self.seeds[1:]])
+                cells.append(self._cell(spec, [top, *others]))
         self._same_data()
         self.content["cells"] = cells
         write_json(self.path, self.content)
         write_text(self.out / "table.md", markdown(cells))
-        display = Display()
-        display.console.print(table(cells))
-        display.note(f"{self.path} has all runs, {self.out / 'table.md'} the table")
         return cells
 
     def _cell(self, spec: Spec, runs: list[Result]) -> Result:
@@ -187,7 +201,9 @@ class Grid:
                 )
 
 
-def _shown(cell: Result) -> str:
+def _shown(cell: Result | None) -> str:
+    if cell is None:
+        return "-"
     if cell["mean"] is None:
         return f"diverged (lr {cell['lr']:g})"
     spread = "" if cell["std"] is None else f" ± {cell['std']:.2g}"
@@ -202,13 +218,13 @@ def _lines(cells: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     lines = []
     for label in labels:
         own = {cell["column"]: cell for cell in cells if cell["label"] == label}
-        means = [own[column]["mean"] for column in columns]
+        means: list[Any] = [own[column]["mean"] if column in own else None for column in columns]
         mean = "-" if None in means else f"{statistics.fmean(means):.2f}"
         costs = []
         for key, form in (("optimizer_state_mb", ".1f"), ("peak_mb", ".0f"), ("tokens_per_second", ",.0f")):
             found = [cell[key] for cell in own.values() if cell[key] is not None]
             costs.append(f"{max(found):{form}}" if found else "-")
-        lines.append([label, *(_shown(own[c]) for c in columns), *([mean] if len(columns) > 1 else []), *costs])
+        lines.append([label, *(_shown(own.get(c)) for c in columns), *([mean] if len(columns) > 1 else []), *costs])
     return head, lines
 
 
