@@ -64,6 +64,24 @@ def test_weights_move_as_by_the_plain_update(dtype, shape, rank):
             assert (distance <= 2.0**-7 * weight.float().abs() + 1e-6 * rank**0.5).all()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_part_of_a_weight_is_rounded_as_in_the_whole(shape):
+    from mofasgd.kernels.apply import apply_factored
+
+    m, n = shape
+    weight, left, right = normal(m, n, dtype=torch.bfloat16), 0.01 * normal(1, m, 5), normal(1, n, 5)
+    whole, rows = weight.clone(), slice(37, m)
+    part = weight[rows].clone()
+    one = (
+        torch.ones(1, device=DEVICE),
+        key_tensor([key_of(3, ROUNDING, 4)], DEVICE),
+        torch.tensor([7.0], device=DEVICE),
+    )
+    apply_factored([whole], left, right, *one, stochastic=True)
+    apply_factored([part], left[:, rows], right, *one, stochastic=True, offset=37 * n)
+    assert torch.equal(part, whole[rows])
+
+
 def test_weights_are_left_alone_to_the_bit_where_nothing_moves():
     from mofasgd.kernels.apply import apply_factored
 

@@ -9,6 +9,7 @@ from torch import nn
 from mofasgd import MoFaSGD, adamw
 from mofasgd.adamw import AdamWMember, AdamWUpdate
 from mofasgd.apply import Rounding
+from mofasgd.rng import ROUNDING, key_of
 
 pytest.importorskip("triton")
 # The interpreter computes masked elements too, and numpy speaks of their 0 / 0 and of the logarithm of beta = 0.
@@ -81,6 +82,18 @@ def test_the_kernel_equals_the_reference(monkeypatch, weight, grad, stochastic, 
     steps = [[torch.randn(numel, device=DEVICE).to(grad) for _ in params] for _ in range(4)]
     for factor in (None, torch.tensor(0.3, dtype=torch.float64, device=DEVICE)):
         assert_equal(*both(monkeypatch, params, steps, factor=factor, stochastic=stochastic))
+
+
+@pytest.mark.parametrize("offset", [0, 5, 6])
+def test_a_part_of_a_weight_is_rounded_as_in_the_whole(monkeypatch, offset):
+    weight, grad = torch.randn(700, device=DEVICE).bfloat16(), torch.randn(700, device=DEVICE)
+    part = weight[offset:].clone()
+    for use, param, g, start in ((False, weight, grad, 0), (True, part, grad[offset:].clone(), offset)):
+        monkeypatch.setattr(adamw, "usable", lambda device, use=use: use)
+        own = state(param.shape)
+        rounding = Rounding(True, key_of(5, ROUNDING, 0), own["step"], start)
+        AdamWUpdate([AdamWMember(param, g, GROUP, own, rounding)], None).take(None)
+    assert torch.equal(part, weight[offset:])
 
 
 def test_nearest_rounding_takes_ties_to_even_and_random_rounding_differs_by_parameter(monkeypatch):

@@ -98,11 +98,11 @@ class AdamWMember:
             and all(t.device == self.param.device for t in (*state.values(), self.grad))
             and all(t.is_contiguous() for t in (*read, *moments))
             # The kernel numbers random words by 32 bits, and two elements share one.
-            and 0 < self.param.numel() < 1 << 33
-            # It numbers the elements of a part from 0, and only rounding asks.
-            and (self.rounding.offset == 0 or self.param.dtype is torch.float32)
+            and 0 < self.param.numel() < (1 << 33) - self.rounding.offset
+            # The kernel numbers pairs of elements.
+            and self.rounding.offset % 2 == 0
         )
-        return (self.param.numel(), self.param.dtype, self.grad.dtype) if fits else None
+        return (self.param.numel(), self.param.dtype, self.grad.dtype, self.rounding.offset) if fits else None
 
 
 class AdamWUpdate:
@@ -176,6 +176,7 @@ def _step_together(members: list[AdamWMember], active: Tensor, factor: Tensor | 
         numbers=_options_on(members[0].group, device),
         factor=factor,
         keys=keys_on(tuple(m.rounding.key for m in members), device) if stochastic else None,
+        offset=members[0].rounding.offset,
     )
 
 

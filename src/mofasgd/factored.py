@@ -234,10 +234,8 @@ class Update:
         """Whether one kernel moves all weights: float32 or bfloat16 on CUDA, contiguous, factors in float32."""
         param, U = self.members[0].param, self.stored.U
         plain = param.dtype in (torch.float32, torch.bfloat16) and U.dtype is torch.float32
-        # It numbers the elements of a rank's rows from 0.
-        plain = plain and self.members[0].part is None
         small = param.numel() < 1 << 33
-        return plain and small and usable(param.device) and all(m.param.is_contiguous() for m in self.members)
+        return plain and small and usable(param.device) and all(local(m.param).is_contiguous() for m in self.members)
 
     def _rates(self, active: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor | None]:
         """Return lr * scale where active (B,), and what decay leaves of each matrix (B,), None: all."""
@@ -266,12 +264,26 @@ class Update:
         keys = self.bucket.rounding_keys(self.context.seed)
         weights = [member.param for member in self.members]
         left, how = U * (height * rates[:, None])[:, None, :], self.context.stochastic_rounding
+        first = self.members[0]
+        if first.part is not None:
+            if local(first.param).numel():
+                held = [local(weight) for weight in weights]
+                step = (*self._held(first.part, left, V, keep), keys, self.steps)
+                apply_factored(held, *step, stochastic=how, offset=first.part.offset(first.param.shape))
+            return
         if spaces is None:
             apply_factored(weights, left, V, keep, keys, self.steps, stochastic=how)
             return
         scales = scales * rates[:, None]
         step = (left, V, keep, keys, self.steps)
         apply_complement(weights, gradients, residual, scales, *step, stochastic=how, transposed=transposed)
+
+    def _held(self, part: Part, left: Tensor, right: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what moves the rows that this rank holds of every member, of what moves all."""
+        matrices, rows = part.slices(self.shape)
+        count = len(self.members)
+        left, right = (t.view(count, self.b, *t.shape[1:])[:, matrices].flatten(0, 1) for t in (left, right))
+        return left[:, rows], right, keep.view(count, self.b)[:, matrices].flatten()
 
     def _move(self, member: Member, part: slice, before: Factors | None, active: Tensor) -> None:
         """Take the step of one member."""

@@ -59,9 +59,9 @@ def _advance(counters, active, numbers, factor, rows, count, CLIPPED: tl.constex
     tl.store(row + 9, root.to(tl.float32), mask=moves)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "offset"])
 def _adamw(
-    table, active, rows, keys, numel, count,
+    table, active, rows, keys, numel, count, offset,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +92,7 @@ def _adamw(
 
     if STOCHASTIC:
         # Neighbours share a word; a block starts at an even element.
-        pairs = (block.to(tl.int64) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)).to(tl.int32)
+        pairs = (offset // 2 + block.to(tl.int64) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)).to(tl.int32)
         words = random_words(keys + 2 * param, tl.load(row), pairs)
         tl.store(W, stochastic_bfloat16(value, tl.interleave(words & 0xFFFF, words >> 16)), mask=inside)
     else:
@@ -109,6 +109,7 @@ def adamw_list(
     numbers: Tensor,
     factor: Tensor | None,
     keys: Tensor | None,
+    offset: int = 0,
 ) -> None:
     """Take one AdamW step with every parameter of `weights`, in place, in two launches whatever their number.
 
@@ -121,6 +122,7 @@ def adamw_list(
         numbers: (5,) float64 on the device: lr, beta1, beta2, eps, weight_decay.
         factor: of the gradients, one element on the device, or None for 1.
         keys: (len(weights), 2) int32, rows of `rng.key_tensor`, by which bfloat16 is rounded at random; None: nearest.
+        offset: elements of each parameter before the first of its weight, which is a part of it; even.
     """
     count, numel, device = len(weights), weights[0].numel(), weights[0].device
     table, aligned = pointers([*weights, *grads, *exp_avg, *exp_avg_sq], 1, 0, device)
@@ -134,7 +136,7 @@ def adamw_list(
             CLIPPED=factor is not None, PARAMS=_PARAMS, enable_fp_fusion=False,
         )  # fmt: skip
         _adamw[(triton.cdiv(numel, _BLOCK) * count,)](
-            table, flags, rows, rows if keys is None else keys, numel, count,
+            table, flags, rows, rows if keys is None else keys, numel, count, offset,
             WEIGHT=_TYPES[weights[0].dtype], GRAD=_TYPES[grads[0].dtype],
             STOCHASTIC=keys is not None and weights[0].dtype is torch.bfloat16,
             ALIGNED=aligned, WIDE=numel > 2**31 - _BLOCK, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False,

@@ -17,9 +17,9 @@ from mofasgd.kernels import pointers
 from mofasgd.kernels.common import Tiles, block, matrix_at, operand, precision, stochastic_bfloat16, tile_halves
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset"])
 def _apply(
-    weights, left, right, keep, keys, steps, m, n, rank, slices, chunk,
+    weights, left, right, keep, keys, steps, offset, m, n, rank, slices, chunk,
     M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BLOCKS: tl.constexpr, BFLOAT16: tl.constexpr,
     STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -34,7 +34,7 @@ def _apply(
     left += batch * m * rank
     right += batch * n * rank
     kept = tl.load(keep + batch)
-    param, before = batch // slices, (batch % slices) * m * n
+    param, before = batch // slices, offset + (batch % slices) * m * n
     step = tl.load(steps + param)
 
     k = tl.arange(0, R)
@@ -82,6 +82,7 @@ def apply_factored(
     steps: Tensor,
     *,
     stochastic: bool,
+    offset: int = 0,
     tiles: Tiles | None = None,
 ) -> None:
     """Set W <- keep W - left right' for every matrix of `weights`, in place, in one launch.
@@ -93,6 +94,7 @@ def apply_factored(
         keys: (len(weights), 2) int32, rows of `rng.key_tensor`.
         steps: (len(weights),), number of the step.
         stochastic: round bfloat16 at random.
+        offset: elements of the parameter before the first of each weight, which is a part of it; a multiple of n.
         tiles: for measurements.
     """
     batch, m, rank = left.shape
@@ -110,7 +112,7 @@ def apply_factored(
     grid = (triton.cdiv(m, t.M) * triton.cdiv(n, chunk), batch)
     with torch.cuda.device_of(left):
         _apply[grid](
-            table, left, right, keep, keys, steps, m, n, rank, slices, chunk,
+            table, left, right, keep, keys, steps, offset, m, n, rank, slices, chunk,
             M=t.M, N=t.N, R=R, BLOCKS=triton.cdiv(rank, R), BFLOAT16=bfloat16, STOCHASTIC=stochastic and bfloat16,
             ALIGNED=aligned, EVEN=n % 2 == 0, WIDE=m * n >= 2**31, DOT=operand(dtype), PRECISION=precision(dtype),
             STAGES=t.stages, num_warps=t.warps,
