@@ -66,7 +66,9 @@ def exchange(
         handle: of the attached model, or None.
     """
     averaged = set(handle.averaged) if handle is not None and ranks is not None else set()
-    tensors = [] if ranks is None else [t for window in windows.values() for t in window.share(ranks.size)]
+    # After a step that failed they have been summed already.
+    sums = [window for window in windows.values() if not window.shared]
+    tensors = [] if ranks is None else [t for window in sums for t in window.share(ranks.size)]
     plain: dict[Tensor, Plain] = {}
     means, flags, sharded = [], [], []
     for param in adamw:
