@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mofasgd.dist.shards import Part, part_of
 from mofasgd.gradient import Gradient
-from mofasgd.layout import MatrixShape, as_matrices
+from mofasgd.layout import MatrixShape
 from mofasgd.options import Group
 from mofasgd.rng import ROUNDING, key_of, keys_on
 from mofasgd.state import factored_shape
@@ -48,7 +48,8 @@ class Member:
     def dense(self) -> Tensor:
         """Return the gradient as matrices (b, m, n)."""
         if self.gradient is None:
-            return torch.zeros_like(as_matrices(self.param, self.shape))
+            _, m, n = self.shape
+            return torch.zeros(self.shape.batch, m, n, dtype=self.param.dtype, device=self.param.device)
         return self.gradient.dense()
 
     def forget(self) -> None:
