@@ -38,6 +38,8 @@ from mofasgd.app.model import GPT  # noqa: E402
 from mofasgd.app.record import environment  # noqa: E402
 from mofasgd.dist.reduce import BUCKET, Ranks  # noqa: E402
 
+WARM = 6
+"""Steps before those that are timed: momenta start in the first ones, layer after layer in a GPT of zero blocks."""
 METHODS = ("ddp mofasgd", "ddp adamw", "fsdp2 mofasgd", "fsdp2 adamw")
 GPT_SHAPE = {"vocab_size": 16384, "context": 1024, "layers": 12, "width": 768, "heads": 6}
 LLAMA_SHAPE = {
@@ -139,7 +141,7 @@ def alone(size, device, clock, repeats=5):
 
 
 def measure(name, method, args, device):
-    """Return one row. Two steps warm up; then steps are timed whole, and as many with their optimizer's step apart."""
+    """Return one row. After WARM steps some are timed whole, and as many with their optimizer's step apart."""
     clock = Clock(device)
     clock.reset()
     model, blocks, factor, batch, length = build(name, args, device)
@@ -149,20 +151,20 @@ def measure(name, method, args, device):
     data = torch.Generator().manual_seed(distributed.get_rank())
     tokens = torch.randint(vocabulary, (batch, length), generator=data).to(device)
     whole, steps, sent = [], [], 0
-    for step in range(2 + 2 * args.steps):
-        if isinstance(opt, MoFaSGD) and step == 2:
+    for step in range(WARM + 2 * args.steps):
+        if isinstance(opt, MoFaSGD) and step == WARM:
             sent = opt.traffic.bytes
         distributed.barrier()
         begin = clock.now()
         loss = loss_of(called, tokens)
         loss.backward()
-        apart = clock.now() if step >= 2 + args.steps else None
+        apart = clock.now() if step >= WARM + args.steps else None
         opt.step()
         end = clock.now()
         called.zero_grad()
         if apart is not None:
             steps.append(end - apart)
-        elif step >= 2:
+        elif step >= WARM:
             whole.append(end - begin)
     sketches = (opt.traffic.bytes - sent) // (2 * args.steps) if isinstance(opt, MoFaSGD) else 0
     reduced, gathered = engine_bytes(method, model, opt)
@@ -197,7 +199,7 @@ def main():
     parser.add_argument("--models", nargs="+", choices=("gpt", "llama"), default=["gpt", "llama"])
     parser.add_argument("--methods", nargs="+", choices=METHODS)
     parser.add_argument("--backend", choices=("nccl", "gloo"))
-    parser.add_argument("--steps", type=int, default=6, help="timed steps of each kind, after two others")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of each kind, after six others")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

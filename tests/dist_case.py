@@ -43,8 +43,10 @@ class Net(nn.Module):
 
 
 def net(dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    return Net().to(dtype)
+    with torch.device("cpu"):
+        torch.manual_seed(seed)
+        model = Net()
+    return model.to(torch.get_default_device(), dtype)
 
 
 def optimizer(model, **options):
@@ -57,8 +59,9 @@ def optimizer(model, **options):
 
 def batches(step, micro):
     """Return joint micro-batches (WORLD * 2, 9); rank i takes rows 2 i and 2 i + 1."""
-    data = torch.Generator().manual_seed(step)
-    return [torch.randint(0, VOCABULARY, (2 * WORLD, 9), generator=data) for _ in range(micro)]
+    data, device = torch.Generator().manual_seed(step), torch.get_default_device()
+    drawn = [torch.randint(0, VOCABULARY, (2 * WORLD, 9), generator=data, device="cpu") for _ in range(micro)]
+    return [tokens.to(device) for tokens in drawn]
 
 
 def loss_of(model, tokens, **options):
@@ -84,11 +87,13 @@ def train(model, opt, steps, rank=None, *, first=0, called=None, micro=2, loss=l
 
 def state_of(opt):
     """Return copies of all state, whole, in an order that is the same on all ranks."""
-    return [whole(value).clone() for _, p, _ in opt._parameters() for _, value in sorted(opt.state[p].items())]
+    return [
+        whole(value).to("cpu", copy=True) for _, p, _ in opt._parameters() for _, value in sorted(opt.state[p].items())
+    ]
 
 
 def weights_of(model):
-    return {name: whole(value).clone() for name, value in model.state_dict().items()}
+    return {name: whole(value).to("cpu", copy=True) for name, value in model.state_dict().items()}
 
 
 def outcome(model, opt, norms):

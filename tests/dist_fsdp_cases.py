@@ -23,9 +23,14 @@ POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.flo
 
 
 def sharded(model, **options):
+    options.setdefault("mesh", mesh_of(2))
     for part in (model.up, model.down):
         fully_shard(part, **options)
     return fully_shard(model, **options)
+
+
+def mesh_of(*shape, names=None):
+    return init_device_mesh(torch.get_default_device().type, shape, mesh_dim_names=names)
 
 
 @contextmanager
@@ -58,7 +63,7 @@ def trained(
 ):
     model = net(dtype)
     model.checkpointed = checkpointed
-    shape = {} if mesh is None else {"mesh": init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard"))}
+    shape = {} if mesh is None else {"mesh": mesh_of(*mesh, names=("replicate", "shard"))}
     sharded(model, **shape, **({} if policy is None else {"mp_policy": policy}))
     opt = optimizer(model, **options)
     if mode != "dense":
@@ -136,8 +141,7 @@ def message(function, *args, **kwargs):
 
 
 def refusals(rank):
-    mesh = init_device_mesh("cpu", (2,))
-    tp = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    mesh, tp = mesh_of(2), mesh_of(2, names=("tp",))
     weight = torch.randn(8, 6)
     of = lambda mesh, placement: nn.Parameter(distribute_tensor(weight, mesh, [placement]))  # noqa: E731
     found = {

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 
-def run_pair(module, folder):
-    """Return the results of both ranks for the cases of `module`."""
+def run_pair(module, folder, backend="gloo"):
+    """Return the results of both ranks for the cases of `module`, on the CPU (gloo) or on two GPUs (nccl)."""
     here = Path(__file__).parent
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(here / "dist_ranks.py"), module, str(rank), str(folder)],
+            [sys.executable, str(here / "dist_ranks.py"), module, str(rank), str(folder), backend],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -29,4 +29,4 @@ def run_pair(module, folder):
     finally:
         for process in processes:
             process.kill()
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False, map_location="cpu") for rank in range(2)]

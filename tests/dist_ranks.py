@@ -1,6 +1,6 @@
 """One of two processes of the tests with ranks: runs the cases of a module and writes what came out.
 
-python dist_ranks.py MODULE RANK FOLDER
+python dist_ranks.py MODULE RANK FOLDER BACKEND
 """
 
 import importlib
@@ -13,10 +13,13 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-module, rank, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+module, rank, folder, backend = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
 torch.set_num_threads(1)
+if backend == "nccl":
+    torch.cuda.set_device(rank)
+    torch.set_default_device(f"cuda:{rank}")
 store = distributed.FileStore(str(folder / "store"), 2)
-distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+distributed.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
 results = {}
 for name, case in importlib.import_module(module).CASES.items():
     with warnings.catch_warnings(record=True) as told:
