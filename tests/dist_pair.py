@@ -11,7 +11,9 @@ import torch
 def run_pair(module, folder, backend="gloo"):
     """Return the results of both ranks for the cases of `module`, on the CPU (gloo) or on two GPUs (nccl)."""
     here = Path(__file__).parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    # A host name that resolves to nothing must not matter.
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **loopback}
     processes = [
         subprocess.Popen(
             [sys.executable, str(here / "dist_ranks.py"), module, str(rank), str(folder), backend],

@@ -98,16 +98,12 @@ def test_groups_of_a_used_optimizer_build_another():
     assert MoFaSGD(opt.param_groups).param_groups[0]["rank"] == 3
 
 
-FakeDTensor = type("DTensor", (torch.Tensor,), {})
-
-
 MISTAKES = [
     (lambda: MoFaSGD([weight(4, 4)], rank=2, seed=1.5), ValueError, "seed=1.5"),
     (lambda: MoFaSGD([weight(4, 4)], rank=2, stochastic_rounding="no"), ValueError, "stochastic_rounding='no'"),
     (lambda: AuthorsMFSGD([weight(4, 4)], nesterov="no"), ValueError, "nesterov='no'"),
     (lambda: AuthorsMFSGD([{"params": [weight(4, 4)], "complement": 1.0}]), ValueError, "complement=1.0 has no effect"),
     (lambda: MoFaSGD([weight(4, 4)], rank=2).add_param_group([weight(4, 4)]), TypeError, "should be a dict"),
-    (lambda: MoFaSGD([weight(4, 4).detach().as_subclass(FakeDTensor)], rank=2), ValueError, "DTensor"),
 ]
 
 

@@ -63,6 +63,7 @@ class Handle:
     Attributes:
         rows: the table, a `Row` for each trainable parameter.
         mode, stepping: `mode` and `step_in_backward` of `MoFaSGD.attach`.
+        replicas: what becomes of DDP around the model; None in a single process.
     """
 
     def __init__(self, model: nn.Module, owner: Owner, mode: str, step_in_backward: bool) -> None:
