@@ -15,7 +15,7 @@ from mofasgd.app.errors import Stopped
 from mofasgd.options import did_you_mean
 
 COMMANDS = {
-    "pretrain": "mofasgd.app.run:pretrain",
+    "pretrain": "mofasgd.app.pretrain:pretrain",
     "compare": "mofasgd.app.compare:compare",
     "finetune": "mofasgd.app.tune.commands:finetune",
     "glue": "mofasgd.app.tune.commands:glue",

@@ -13,10 +13,10 @@ from mofasgd.app.baselines import resolve
 from mofasgd.app.config import PretrainConfig
 
 _FREE = {
-    *("out", "resume", "eval_every", "log_every", "tensorboard", "wandb"),
+    *("out", "resume", "eval_every", "log_every", "tensorboard", "wandb", "gpus"),
     *("checkpoint_every", "keep_checkpoints", "save_last", "data.cache", "memory_history"),
 }
-"""Without influence on weights and final loss."""
+"""Without influence on weights and final loss (the number of ranks: up to rounding; a resumed run tells of it)."""
 
 _BY_CONTENT = {"data.train", "data.validation", "data.tokenizer"}
 """Paths, whose content the data's checksum covers."""
