@@ -18,12 +18,12 @@ SOURCE = ROOT / "src" / "mofasgd"
 # From the bottom up; a module may import from lower layers only.
 LAYERS = [
     {"precision", "layout", "stack", "kernels", "snapshot"},
-    {"rng"},
+    {"rng", "dist"},
     {"momentum", "options", "apply"},
     {"algebra", "clipping", "complement", "adamw", "state", "groups"},
     {"solver", "gradient", "residual"},
     {"attach"},
-    {"factored"},
+    {"factored", "exchange"},
     {"start"},
     {"base"},
     {"optimizer"},

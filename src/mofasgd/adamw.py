@@ -71,13 +71,20 @@ def adamw_step(
 
 @dataclass
 class AdamWMember:
-    """An AdamW parameter in this step: the weight, its gradient, its group, its state and how it is rounded."""
+    """An AdamW parameter in this step: the weight, its gradient, its group, its state and how it is rounded.
+
+    Attributes:
+        present: whether any rank has a gradient, 0-dim bool; None: this one has.
+        square: |g|^2 of the parameter, 0-dim float64, if the tensors are a rank's part of it.
+    """
 
     param: Tensor
     grad: Tensor
     group: Group
     state: dict[str, Tensor]
     rounding: Rounding
+    present: Tensor | None = None
+    square: Tensor | None = None
 
     def bucket(self) -> tuple[Hashable, ...] | None:
         """Return what members of one kernel's launch have in common, or None if no kernel takes this one."""
@@ -92,6 +99,8 @@ class AdamWMember:
             and all(t.is_contiguous() for t in (*read, *moments))
             # The kernel numbers random words by 32 bits, and two elements share one.
             and 0 < self.param.numel() < 1 << 33
+            # It numbers the elements of a part from 0, and only rounding asks.
+            and (self.rounding.offset == 0 or self.param.dtype is torch.float32)
         )
         return (self.param.numel(), self.param.dtype, self.grad.dtype) if fits else None
 
@@ -117,6 +126,9 @@ class AdamWUpdate:
         norms = _norms(self.members)
         self.finite = norms.isfinite()
         self.active = self.finite if gate is None else self.finite & gate.to(norms.device)
+        if any(member.present is not None for member in self.members):
+            there = torch.ones_like(self.active[0])
+            self.active &= torch.stack([there if m.present is None else m.present for m in self.members])
         self.square_norms = torch.where(self.active, norms.square(), 0.0)
 
     def take(self, factor: Tensor | None) -> None:
@@ -169,9 +181,9 @@ def _step_together(members: list[AdamWMember], active: Tensor, factor: Tensor | 
 
 def _norms(members: Sequence[AdamWMember]) -> Tensor:
     """Return |g| of each member, (count,) float64; one launch or few for each dtype of gradients."""
-    norms: dict[int, Tensor] = {}
-    for dtype in dict.fromkeys(member.grad.dtype for member in members):
-        which = [i for i, member in enumerate(members) if member.grad.dtype is dtype]
+    norms = {i: member.square.sqrt() for i, member in enumerate(members) if member.square is not None}
+    for dtype in dict.fromkeys(member.grad.dtype for member in members if member.square is None):
+        which = [i for i, member in enumerate(members) if member.grad.dtype is dtype and member.square is None]
         # As the step will read it: a float64 gradient may not fit the moments. A sum of squares in float64 is finite
         # exactly if its float32 or bfloat16 elements are.
         wide = dtype is torch.float64

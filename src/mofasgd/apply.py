@@ -27,11 +27,13 @@ class Rounding:
         stochastic: round bfloat16 up or down at random, unbiased; nearest otherwise.
         key: the parameter's random key (`rng.key_of`).
         step: 0-dim tensor, the number of the step, on the weight's device.
+        offset: index of the weight's first element in the parameter, of which a rank may hold a part.
     """
 
     stochastic: bool
     key: int
     step: Tensor
+    offset: int = 0
 
     @classmethod
     def of(cls, stochastic: bool, seed: int, index: int, step: Tensor) -> Rounding:
@@ -41,7 +43,7 @@ class Rounding:
     def write(self, weight: Tensor, value: Tensor, start: int = 0) -> None:
         """Round `value` into `weight` (same shape, in place); `start` is the index of its first element."""
         if weight.dtype is torch.bfloat16 and self.stochastic:
-            halves = random_halves(self.key, self.step, start, value.numel(), value.device)
+            halves = random_halves(self.key, self.step, self.offset + start, value.numel(), value.device)
             value = stochastic_bfloat16(value.to(torch.float32), halves.view(value.shape))
         weight.copy_(value)
 

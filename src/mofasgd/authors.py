@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mofasgd.dist.shards import whole
 from mofasgd.factored import Displace, Displacement, Member
 from mofasgd.layout import as_matrices
 from mofasgd.momentum import Factors, sketch, truncated_svd, update_factors
@@ -95,7 +96,7 @@ class AuthorsMFSGD(MoFaSGD):
         state = super()._new_state(index, param, group)
         if group["algorithm"] == "mofasgd":
             shape, rank = factored_shape(param, group)
-            weight = as_matrices(param.detach(), shape).to(self.state_dtype)
+            weight = as_matrices(whole(param.detach()), shape).to(self.state_dtype)
             for name, value in zip(Factors._fields, truncated_svd(weight, rank), strict=True):
                 state[name].copy_(value.view(state[name].shape))
             state["initialized"].fill_(True)

@@ -13,10 +13,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mofasgd.attach import Handle
+from mofasgd.attach.window import Window
+from mofasgd.dist.reduce import Ranks, Traffic, checksum
+from mofasgd.dist.shards import group_of, is_sharded
+from mofasgd.exchange import Exchange, exchange, sharded_window
 from mofasgd.momentum import Factors
-from mofasgd.options import Group, check_flag, check_number, check_parameters, complete
+from mofasgd.options import Group, check_flag, check_number, check_parameters, check_whole, complete
 from mofasgd.precision import true_float32
 from mofasgd.state import factored_shape, new_adamw, new_factored, restored, waiting
+
+
+def alone() -> dict[str, Any]:
+    """Return what an optimizer knows of other ranks before it has met any."""
+    return {"_ranks": None, "_met": False, "_check_every": 100, "_exchanged": 0}
 
 
 class FactoredOptimizer(Optimizer):
@@ -38,6 +47,10 @@ class FactoredOptimizer(Optimizer):
     _nonfinite: Tensor | int
     _reported: int
     _handle: Handle | None
+    _ranks: Ranks | None
+    _met: bool
+    _check_every: int
+    _exchanged: int
 
     def _step_in_backward(self, index: int, param: Tensor, group: Group) -> None:
         raise NotImplementedError
@@ -92,7 +105,9 @@ class FactoredOptimizer(Optimizer):
         shape, rank = factored_shape(param, group)
         return new_factored(param, shape, rank, self.state_dtype)
 
-    def attach(self, model: nn.Module, mode: str = "auto", *, step_in_backward: bool = False) -> Handle:
+    def attach(
+        self, model: nn.Module, mode: str = "auto", *, step_in_backward: bool = False, check_every: int = 100
+    ) -> Handle:
         """Sketch the gradients of `model`'s factored parameters during backward and keep nothing else of them.
 
         `p.grad` stays None for these parameters, and `step()` takes the same step as without, up to rounding.
@@ -104,6 +119,7 @@ class FactoredOptimizer(Optimizer):
                 each gradient when it is complete and frees it; "auto" sketches where possible and releases elsewhere.
             step_in_backward: with mode="release", step each factored parameter as soon as its gradient is complete:
                 what reads the full gradient works then (`complement`). One backward per step, no `max_grad_norm`.
+            check_every: steps between two comparisons of the replicas' weights and state, with more than one rank.
 
         Returns:
             A handle: `detach()` (or leaving its `with` block) restores the model; `print(handle)` shows the modes.
@@ -118,6 +134,8 @@ class FactoredOptimizer(Optimizer):
         if step_in_backward and mode != "release":
             raise ValueError(f"step_in_backward=True steps by the full gradient: use mode='release', not {mode!r}")
         self._refuse_clipping(self.max_grad_norm, step_in_backward)
+        check_whole("check_every", check_every, 1)
+        self._met, self._check_every = False, check_every
         self._handle = Handle(model, self, mode, step_in_backward)
         return self._handle
 
@@ -139,6 +157,83 @@ class FactoredOptimizer(Optimizer):
             raise ValueError(
                 f"max_grad_norm={value} needs the norm of all gradients before the first weight moves: drop it or "
                 "step_in_backward"
+            )
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank has given to all-reduces for the steps taken so far."""
+        return Traffic() if self._ranks is None else self._ranks.traffic
+
+    def _join(self) -> Ranks | None:
+        """Return the ranks that train with this one, None if there are none."""
+        group = group_of(param for _, param, _ in self._parameters())
+        if group is None and self._handle is not None and self._handle.replicas is not None:
+            group = self._handle.replicas.group
+        if group is None:
+            return None
+        if self._ranks is None or self._ranks.group is not group:
+            self._ranks = Ranks(group, self.traffic)
+        return self._ranks
+
+    def _exchange(self) -> Exchange:
+        """Sum over ranks what this step reads of gradients."""
+        ranks, sharded = self._join(), any(is_sharded(p) for _, p, _ in self._parameters())
+        if ranks is None and not sharded:
+            return Exchange()
+        self._meet()
+        windows: dict[Tensor, Window] = {}
+        waits, adamw = self._waiting(), []
+        for index, param, group in self._parameters():
+            if group["algorithm"] == "adamw":
+                adamw.append(param)
+            elif self._handle is not None and self._handle.sketches(param):
+                windows[param] = self._handle.sum(param)
+            elif is_sharded(param) and param.grad is not None:
+                self._refuse_sharded(group)
+                windows[param] = sharded_window(self.seed, index, param, group, self.state[param], waits.get(param, []))
+        return exchange(windows, adamw, self._handle, ranks)
+
+    def _replicated(self) -> list[Tensor]:
+        """Return the state and, attached, the weights that are to be alike on all ranks, in an order alike as well."""
+        whole = [] if self._handle is None else self._handle.whole()
+        entries = [self.state[p][key] for _, p, _ in self._parameters() for key in sorted(self.state.get(p, {}))]
+        return whole + [entry for entry in entries if not is_sharded(entry)]
+
+    def _meet(self) -> None:
+        """Begin with rank 0's weights, as DDP does, and with its state."""
+        ranks = self._join()
+        if ranks is None or self._met:
+            return
+        self._met = True
+        self.materialize()
+        if self._handle is not None:
+            ranks.broadcast(self._handle.whole())
+        self._compare(ranks)
+
+    def _compare(self, ranks: Ranks) -> None:
+        """Give all ranks what rank 0 has, and warn, if weights or state differ. Waits for the device."""
+        tensors = self._replicated()
+        if not tensors or bool(ranks.agree(checksum(tensors))):
+            return
+        ranks.broadcast(tensors)
+        self._pending = None
+        if self._handle is not None:
+            self._handle.renew()
+        if ranks.group.rank() == 0:
+            warnings.warn("ranks held different weights or optimizer state: all have rank 0's now", stacklevel=3)
+
+    def _compare_often(self) -> None:
+        self._exchanged += 1
+        ranks = self._join()
+        if ranks is not None and self._exchanged % self._check_every == 0:
+            self._compare(ranks)
+
+    def _refuse_sharded(self, group: Group) -> None:
+        reason = self._reads_gradient(group)
+        if reason is not None:
+            raise ValueError(
+                f"{reason} needs the whole gradient, of which FSDP2 leaves each rank some rows: drop it, or train "
+                "replicas (DDP) with full gradients"
             )
 
     def _detached(self) -> None:
@@ -212,6 +307,7 @@ class FactoredOptimizer(Optimizer):
         nonfinite = int(state_dict.get("nonfinite_steps", 0)) if isinstance(state_dict, dict) else 0
         with restored(self, self.state_dtype):
             super().load_state_dict(state_dict)
+        self._met = False
         self._nonfinite = self._reported = nonfinite
         self._pending = None
         if self._handle is not None:
@@ -225,4 +321,4 @@ class FactoredOptimizer(Optimizer):
         # Each entry is a view of a stack, all of which a pickle would hold for it.
         state = {p: {k: v.clone() for k, v in entry.items()} for p, entry in self.state.items()}
         # A copy is not attached: the model's layers sketch for the original.
-        return {**parent, "state": defaultdict(dict, state), **kept, "_pending": None, "_handle": None}
+        return {**parent, "state": defaultdict(dict, state), **kept, "_pending": None, "_handle": None, **alone()}

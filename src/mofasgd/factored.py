@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mofasgd.apply import Rounding, apply_update
 from mofasgd.complement import complement_scale, normalized_complement
+from mofasgd.dist.shards import Part, local
 from mofasgd.gradient import Gradient, dense_tensors, sketch_all
 from mofasgd.kernels import usable
 from mofasgd.layout import MatrixShape, as_matrices
@@ -40,6 +41,7 @@ class Member:
         gradient: of this window, not scaled by `factor`; None without one.
         factor: of the gradient (clipping and GradScaler's scale), 0-dim, once it is known; None: 1.
         spaces: what the complement leaves out, (b, m, 2r) and (b, n, 2r), once it is known and if it is asked for.
+        part: the rows that this rank holds of a sharded weight; None: all.
     """
 
     index: int
@@ -50,6 +52,7 @@ class Member:
     gradient: Gradient | None
     factor: Tensor | None = None
     spaces: tuple[Tensor, Tensor] | None = None
+    part: Part | None = None
 
     def dense(self) -> Tensor:
         """Return the gradient as matrices (b, m, n)."""
@@ -258,6 +261,8 @@ class Update:
         """Whether one kernel moves all weights: float32 or bfloat16 on CUDA, contiguous, factors in float32."""
         param, U = self.members[0].param, self.stored.U
         plain = param.dtype in (torch.float32, torch.bfloat16) and U.dtype is torch.float32
+        # It numbers the elements of a rank's rows from 0.
+        plain = plain and self.members[0].part is None
         small = param.numel() < 1 << 33
         return plain and small and usable(param.device) and all(m.param.is_contiguous() for m in self.members)
 
@@ -305,11 +310,30 @@ class Update:
         rates, keep = self._rates(active, move.scale)
         extra = None if move.extra is None else move.extra.mul_(rates[:, None, None])
         rounding = Rounding.of(self.context.stochastic_rounding, self.context.seed, member.index, member.state["step"])
+        left = move.left * rates[:, None, None]
+        if member.part is not None:
+            self._move_part(member, member.part, left, move.right, keep, rounding)
+            return
         weight = as_matrices(member.param, member.shape)
-        apply_update(weight, move.left * rates[:, None, None], move.right, extra, keep, rounding)
+        apply_update(weight, left, move.right, extra, keep, rounding)
         if weight.data_ptr() != member.param.data_ptr():
             # The layout is no view of these strides (a channels-last convolution): the copy was updated.
             member.param.copy_(weight.view(member.param.shape))
+
+    def _move_part(
+        self, member: Member, part: Part, left: Tensor, right: Tensor, keep: Tensor | None, rounding: Rounding
+    ) -> None:
+        """Move the rows that this rank holds."""
+        held = local(member.param)
+        if not held.numel():
+            return
+        matrices, rows = part.slices(member.shape)
+        shape = MatrixShape((matrices.stop - matrices.start,), rows.stop - rows.start, member.shape.n)
+        weight, rounding = as_matrices(held, shape), replace(rounding, offset=part.offset(member.param.shape))
+        keep = None if keep is None else keep[matrices]
+        apply_update(weight, left[matrices, rows], right[matrices], None, keep, rounding)
+        if weight.data_ptr() != held.data_ptr():
+            held.copy_(weight.view(held.shape))
 
 
 def observe_all(updates: Sequence[Update]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import torch
@@ -12,8 +12,11 @@ from torch import Tensor
 from mofasgd.adamw import AdamWMember, AdamWUpdate
 from mofasgd.algebra import SOLVERS
 from mofasgd.apply import Rounding
-from mofasgd.base import FactoredOptimizer
+from mofasgd.attach.window import Window
+from mofasgd.base import FactoredOptimizer, alone
 from mofasgd.clipping import count_bad, measure
+from mofasgd.dist.shards import is_sharded, local, part_of
+from mofasgd.exchange import Exchange
 from mofasgd.factored import Context, Displace, Member, Update, observe_all, take_all
 from mofasgd.gradient import DenseGradient, Gradient
 from mofasgd.options import Group, check_choice, check_flag, check_polar, check_whole, complete
@@ -117,6 +120,7 @@ class MoFaSGD(FactoredOptimizer):
                 f"state_dtype={state_dtype} should be float32 or float64: bfloat16 factors lose orthonormality"
             )
         self._handle, self._taken = None, Taken()
+        vars(self).update(alone())
         self.max_grad_norm = max_grad_norm
         self.state_dtype, self.stochastic_rounding = state_dtype, stochastic_rounding
         self.solver, self.seed = solver, seed
@@ -179,7 +183,7 @@ class MoFaSGD(FactoredOptimizer):
         gate = found_inf.reshape(()) == 0 if isinstance(found_inf, Tensor) else None
 
         self._check()
-        updates = self._observe(gate)
+        updates = self._observe(gate, self._exchange())
         observe_all([update for update in updates if isinstance(update, Update)])
         squares = self._taken.squares + [update.square_norms.sum() for update in updates]
         self._norm, factor = measure(squares, self.max_grad_norm, grad_scale)
@@ -191,11 +195,12 @@ class MoFaSGD(FactoredOptimizer):
         self._nonfinite = count_bad(self._nonfinite, finite, gate)
         self._settle(self._taken.started + [m.param for u in updates if isinstance(u, Start) for m in u.members])
         self._taken = Taken()
+        self._compare_often()
         if self._handle is not None:
             self._handle.next_window()
         return loss
 
-    def _observe(self, gate: Tensor | None) -> list[Update | AdamWUpdate]:
+    def _observe(self, gate: Tensor | None, exchanged: Exchange) -> list[Update | AdamWUpdate]:
         """Return the observed parameters with a gradient, the factored ones in batches."""
         context = self._context(gate)
         starting: dict[tuple[Any, ...], tuple[list[Member], list[int]]] = {}
@@ -204,16 +209,14 @@ class MoFaSGD(FactoredOptimizer):
         assert self._pending is not None
         for index, param, group in self._parameters():
             if group["algorithm"] == "adamw":
-                if param.grad is not None:
-                    state = self.state[param]
-                    rounding = Rounding.of(self.stochastic_rounding, self.seed, index, state["step"])
-                    plain = AdamWMember(param, param.grad, group, state, rounding)
+                plain = self._plain(index, param, group, exchanged)
+                if plain is not None:
                     unfactored.setdefault((id(group), param.device), []).append(plain)
                 continue
             if not self.state.get(param):
                 continue
-            member = self._member(index, param, group)
-            key = (id(group), member.shape, param.device, param.dtype)
+            member = self._member(index, param, group, exchanged)
+            key = (id(group), member.shape, param.device, param.dtype, member.part)
             pending = self._pending.get(param)
             if pending is None:
                 buckets.setdefault(key, []).append(member)
@@ -247,14 +250,31 @@ class MoFaSGD(FactoredOptimizer):
     def _context(self, gate: Tensor | None) -> Context:
         return Context(self.solver, self._displace, self.seed, self.stochastic_rounding, gate)
 
-    def _member(self, index: int, param: Tensor, group: Group) -> Member:
+    def _plain(self, index: int, param: Tensor, group: Group, exchanged: Exchange) -> AdamWMember | None:
+        """Return an AdamW parameter, or what this rank holds of it; None without a gradient."""
+        own, state = exchanged.plain.get(param), self.state[param]
+        if own is None and param.grad is None:
+            return None
+        rounding = Rounding.of(self.stochastic_rounding, self.seed, index, state["step"])
+        if own is None:
+            assert param.grad is not None
+            return AdamWMember(param, param.grad, group, state, rounding)
+        part = part_of(param)
+        if part is not None:
+            rounding = replace(rounding, offset=part.offset(param.shape))
+        held = {key: local(value) for key, value in state.items()}
+        return AdamWMember(local(param), own.grad, group, held, rounding, own.present, own.square)
+
+    def _member(self, index: int, param: Tensor, group: Group, exchanged: Exchange) -> Member:
         """Return a factored parameter with what this step reads of its gradient."""
         shape, _ = factored_shape(param, group)
         gradient: Gradient | None = None if param.grad is None else DenseGradient(param.grad, shape)
         if self._handle is not None and self._handle.sketches(param):
             self._refuse_full_gradient(group)
             gradient = self._handle.gradient(param)
-        return Member(index, param, group, self.state[param], shape, gradient)
+        elif is_sharded(param):
+            gradient = exchanged.windows.get(param)
+        return Member(index, param, group, self.state[param], shape, gradient, part=part_of(param))
 
     def _reads_gradient(self, group: Group) -> str | None:
         """Return what makes the step of a group of factored parameters read G itself, or None: its sketches do."""
@@ -267,13 +287,32 @@ class MoFaSGD(FactoredOptimizer):
         assert self._pending is not None
         pending = self._pending.get(param)
         context = self._context(None)
-        member = self._member(index, param, group)
+        member = self._member(index, param, group, Exchange())
+        window = self._average(param, group)
+        member.gradient = window or member.gradient
         update = Start([member], pending, context) if pending else Update([member], context)
         observe_all([update])
         take_all([update], None)
         self._taken.squares.append(update.square_norms.sum())
         self._taken.finite.append(update.finite)
         self._taken.started += [param] if pending else []
+        if window is not None:
+            window.clear()
+
+    def _average(self, param: Tensor, group: Group) -> Window | None:
+        """Return the sketches over ranks of the gradient of a parameter that is stepped in backward, None for one rank.
+
+        A step that reads the gradient itself has `p.grad` averaged, in full.
+        """
+        ranks = self._join()
+        if ranks is None or self._handle is None or param.grad is None:
+            return None
+        if self._reads_gradient(group) is not None:
+            ranks.sum([param.grad.div_(ranks.size)])
+            return None
+        window = self._handle.sum(param)
+        ranks.sum(window.share(ranks.size))
+        return window
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_taken": Taken()}

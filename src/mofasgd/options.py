@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mofasgd.dist.shards import check_kind
 from mofasgd.layout import LAYOUTS, matrix_shape
 
 Group = dict[str, Any]
@@ -168,10 +169,10 @@ def check_parameters(group: Group) -> None:
     for position, param in enumerate(group["params"]):
         names = group.get("param_names")
         name = f"parameter {names[position]!r}" if names else f"parameter {position} of its group"
-        if type(param.data).__name__ == "DTensor":
-            raise ValueError(f"{name} is a DTensor: sharded weights are not supported yet, use replicas (DDP)")
+        check_kind(param, name)
         if param.dtype not in _WEIGHT_DTYPES:
-            raise ValueError(f"{name} is {param.dtype}: train weights in bfloat16, float32 or float64")
+            hint = "" if param.dtype.is_floating_point else " (quantized weights: dequantize them, or freeze them)"
+            raise ValueError(f"{name} is {param.dtype}: train weights in bfloat16, float32 or float64{hint}")
         if group["algorithm"] == "adamw":
             continue
         try:

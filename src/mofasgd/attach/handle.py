@@ -4,51 +4,25 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mofasgd.attach.plan import Owner, Row, plan
 from mofasgd.attach.release import ReleaseHook, StepHook
-from mofasgd.attach.sketch import mixin_for, why_not
+from mofasgd.attach.sketch import mixin_for
 from mofasgd.attach.swap import Attached, is_swapped, swap_in, swap_out
 from mofasgd.attach.window import Window
+from mofasgd.dist.engines import check_model, holders, keep_sync, many, reshard
+from mofasgd.dist.replicas import Replicas
+from mofasgd.dist.shards import is_sharded
 from mofasgd.gradient import FirstWindow
 from mofasgd.options import Group, check_choice
 from mofasgd.state import factored_shape
 
 MODES = ("auto", "sketch", "release")
-
-
-class Owner(Protocol):
-    """What a handle asks of its optimizer."""
-
-    seed: int
-    state_dtype: torch.dtype
-    state: Any
-
-    def _parameters(self) -> Iterator[tuple[int, Tensor, Group]]: ...
-
-    def _waiting(self) -> dict[Tensor, list[int]]:
-        """Make missing state; return the numbers of the matrices without a momentum, by parameter."""
-
-    def _step_in_backward(self, index: int, param: Tensor, group: Group) -> None: ...
-
-    def _refuse_full_gradient(self, group: Group) -> None: ...
-
-    def _detached(self) -> None: ...
-
-
-class Row(NamedTuple):
-    """One trainable parameter: its name, how its gradient is kept and why, and the layers that sketch it."""
-
-    name: str
-    param: Tensor
-    mode: str
-    why: str
-    layers: list[nn.Module]
 
 
 class Root(Attached):
@@ -59,7 +33,7 @@ class Root(Attached):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Follow changes of the optimizer's parameters, then call the model."""
         if self._mofasgd_handle is not None and not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            self._mofasgd_handle.bind()
+            self._mofasgd_handle.follow()
         return self._parent().__call__(*args, **kwargs)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -89,11 +63,12 @@ class Handle:
         check_choice("mode", mode, MODES)
         if torch.is_inference_mode_enabled():
             raise ValueError("attach inside torch.inference_mode(): its tensors cannot be trained with, attach outside")
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            raise ValueError("attach does not know DistributedDataParallel yet: attach the model and do not wrap it")
         # torch.compile's wrapper passes attributes on to the model in it.
         self._model: nn.Module = getattr(model, "_orig_mod", model)
+        check_model(self._model)
         self.mode, self.stepping = mode, step_in_backward
+        self.replicas = Replicas(self._model) if many() else None
+        self._holders: list[Any] = []
         self._owner = weakref.ref(owner)
         self.rows: list[Row] = []
         self._windows: dict[Tensor, Window] = {}
@@ -133,11 +108,12 @@ class Handle:
         owner = self._owner()
         if owner is None:
             return
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            # Hooks and probes see one rank's gradient: the replicas would drift apart without a word.
-            raise ValueError("attach does not sum sketches over ranks yet: train on one process, or do not attach")
+        if self.replicas is None and many():
+            # A DDP made since would wait for gradients that are not kept.
+            raise ValueError("torch.distributed was initialized after attach: call init_process_group() before attach")
         if self._signature(owner) == self._bound:
             return
+        reshard(self._model)
         rows = plan(self._model, owner, self.mode, self.stepping)
         self._remove()
         self.rows, self._kept = rows, [p for _, p, _ in owner._parameters()]
@@ -147,7 +123,24 @@ class Handle:
             # Half an attachment would eat gradients that nobody steps by.
             self._restore()
             raise
+        if self.replicas is not None:
+            self.replicas.leave([row.param for row in rows if row.mode != "p.grad"])
+            self._holders = holders(self._model, [row.param for row in rows if row.mode == "release"])
         self._bound = self._signature(owner)
+
+    def follow(self) -> None:
+        """Do what is due before a forward with gradients: bind, and at the first one begin as rank 0 does.
+
+        Raises:
+            ValueError: as `bind`; or if the model is called by a DDP that was made before `attach`.
+        """
+        self.bind()
+        owner = self._owner()
+        if self.replicas is None or owner is None:
+            return
+        self.replicas.called()
+        keep_sync(self._holders)
+        owner._meet()
 
     def _signature(self, owner: Owner) -> list[tuple[Any, ...]]:
         """Return what is compared before every forward; `_kept` keeps the numbers those of the parameters."""
@@ -184,7 +177,7 @@ class Handle:
                 assert mixin is not None
                 swap_in(layer, mixin, _mofasgd_window=window)
         # What was frozen since keeps its gradient until the step, as a `p.grad` would.
-        left = {p: w for p, w in before.items() if p in places and p not in self._windows and not w.empty}
+        left = {p: w for p, w in before.items() if p in places and p not in self._windows and (many() or not w.empty)}
         self._windows |= left
         swap_in(self._model, Root, _mofasgd_handle=self)
 
@@ -209,6 +202,11 @@ class Handle:
 
         Sketches of an unfinished window are dropped, and gradients come to `p.grad` again.
         """
+        if self.replicas is not None and self._finalizer.alive:
+            self.replicas.refuse_wrapped()
+        self._end()
+
+    def _end(self) -> None:
         if self._finalizer.detach() is None:
             return
         self._restore()
@@ -219,6 +217,8 @@ class Handle:
     def _restore(self) -> None:
         self._remove()
         self.clear()
+        if self.replicas is not None:
+            self.replicas.restore()
         self.rows, self._windows, self._bound, self._kept = [], {}, [], []
 
     def clear(self) -> None:
@@ -252,6 +252,8 @@ class Handle:
     def gradient(self, param: Tensor) -> Window | None:
         """Return what this window has gathered of a parameter, `p.grad` included if somebody has set it; else None."""
         window = self._windows[param]
+        if window.shared:
+            return window
         if param.grad is not None:
             window.add(param.grad)
         if not window.empty:
@@ -265,15 +267,34 @@ class Handle:
             )
         return None
 
+    def sum(self, param: Tensor) -> Window:
+        """Return the window of a parameter, for its sums over ranks."""
+        self.gradient(param)
+        return self._windows[param]
+
     def sketches(self, param: Tensor) -> bool:
         """Whether `param` is stepped by the sketches of a window."""
         return param in self._windows and not self.stepping
 
+    def whole(self) -> list[Tensor]:
+        """Return what is to be alike on all ranks and nobody else makes so: in a DDP the attached parameters."""
+        if self.replicas is not None and self.replicas.ddp is not None:
+            return [row.param for row in self.rows if row.mode != "p.grad"]
+        return [t for t in (*self._model.parameters(), *self._model.buffers()) if not is_sharded(t)]
+
+    @property
+    def averaged(self) -> list[Tensor]:
+        """The whole parameters whose `p.grad` nobody averages over ranks: AdamW's, unless DDP does."""
+        if self.replicas is None or self.replicas.ddp is not None:
+            return []
+        return [row.param for row in self.rows if row.mode == "p.grad" and not is_sharded(row.param)]
+
     def __enter__(self) -> Handle:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.detach()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        # An error on its way is not replaced by a refusal.
+        (self.detach if error is None else self._end)()
 
     def __repr__(self) -> str:
         if not self.rows:
@@ -291,55 +312,3 @@ def detach(model: nn.Module) -> bool:
     for handle in handles:
         handle.detach()
     return bool(handles)
-
-
-def plan(model: nn.Module, owner: Owner, mode: str, stepping: bool) -> list[Row]:
-    """Return how each trainable parameter of `model` is served; arguments and errors as in `MoFaSGD.attach`."""
-    names: dict[Tensor, str] = {param: name for name, param in model.named_parameters() if param.requires_grad}
-    groups = {param: group for _, param, group in owner._parameters()}
-    for param, name in names.items():
-        if param not in groups:
-            raise ValueError(
-                f"{name!r} of the model is trainable but the optimizer does not own it: build the groups with "
-                "mofasgd.param_groups(model), add it with add_param_group, or freeze it with requires_grad_(False)"
-            )
-    for index, own, group in owner._parameters():
-        if group["algorithm"] == "mofasgd" and own.requires_grad and own not in names:
-            raise ValueError(
-                f"parameter {_name_of(index, own, group)} of the optimizer is not in the model: attach the module "
-                "that holds all of its factored parameters"
-            )
-    layers: dict[Tensor, list[tuple[str, nn.Module]]] = {}
-    for path, module in model.named_modules():
-        if mixin_for(module) is not None:
-            for weight in module.parameters(recurse=False):
-                layers.setdefault(weight, []).append((path, module))
-    for factored in (p for p in names if groups[p]["algorithm"] == "mofasgd" and not stepping):
-        owner._refuse_full_gradient(groups[factored])
-    return [_row(name, p, groups[p], layers.get(p, []), mode, stepping) for p, name in names.items()]
-
-
-def _name_of(index: int, param: Tensor, group: Group) -> str:
-    names = group.get("param_names")
-    place = next(i for i, p in enumerate(group["params"]) if p is param)
-    return repr(names[place]) if names else f"{index} ({' x '.join(map(str, param.shape))})"
-
-
-def _row(name: str, param: Tensor, group: Group, layers: list[tuple[str, nn.Module]], mode: str, stepping: bool) -> Row:
-    if group["algorithm"] == "adamw":
-        return Row(name, param, "p.grad", "trained by AdamW", [])
-    if mode == "release":
-        why = "step_in_backward=True" if stepping else "mode='release'"
-        return Row(name, param, "step" if stepping else "release", why, [])
-    reasons = {path: why_not(module, param) for path, module in layers}
-    able = [module for path, module in layers if reasons[path] is None]
-    refusal = next((reason for reason in reasons.values() if reason), "not the weight of a linear or embedding layer")
-    others = [h for h in (param._post_accumulate_grad_hooks or {}).values() if not isinstance(h, ReleaseHook)]
-    if param._backward_hooks or others:
-        # They would never be called.
-        able, refusal = [], "has hooks on its gradient"
-    if able:
-        return Row(name, param, "sketch", ", ".join(sorted({type(module).__name__ for module in able})), able)
-    if mode == "sketch":
-        raise ValueError(f"mode='sketch' cannot serve {name!r}: {refusal}; use mode='auto' or 'release'")
-    return Row(name, param, "release", refusal, [])

@@ -194,7 +194,7 @@ def _live(module: Any, input: Tensor) -> Window | None:
     if window is None or window.probes is None or not torch.is_grad_enabled():
         return None
     weight = module._parameters.get("weight")
-    if weight is not window.param or not weight.requires_grad:
+    if (weight is not window.param and not window.gathered(weight)) or not weight.requires_grad:
         return None
     if input.is_nested or input.layout is not torch.strided:
         return None

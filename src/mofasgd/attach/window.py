@@ -18,8 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mofasgd.dist.shards import local, part_of
 from mofasgd.gradient import FirstWindow
-from mofasgd.layout import as_matrices
+from mofasgd.layout import MatrixShape, as_matrices
 from mofasgd.precision import in_true_float32
 from mofasgd.rng import key_tensor
 
@@ -74,12 +75,16 @@ class Window:
         keys: of the test matrices while layers sketch by them, on the device (`rng.key_tensor`).
         stepped: whether the parameter has been stepped in backward since the last step.
         ran: whether a layer has put the probes into a graph since the last step.
+        part: what this rank holds of the parameter, if it is sharded.
+        shared: whether the sums are those of all ranks.
     """
 
     def __init__(
         self, name: str, param: Tensor, state: dict[str, Tensor], first: FirstWindow, pending: list[int], probed: bool
     ) -> None:
         self.name, self.param, self.state, self.first, self.probed = name, param, state, first, probed
+        self.part = part_of(param)
+        self.weight = param
         self.probes: tuple[Tensor, Tensor] | None = None
         self.keys: Tensor | None = None
         self._casts: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
@@ -113,7 +118,7 @@ class Window:
         """Forget what backward has said so far. The probes stay: a graph made before may be run after."""
         self._sketches: Pair | None = None
         self._start: Pair | None = None
-        self.ran = False
+        self.ran = self.shared = False
         for probe in self.probes or ():
             probe.grad = None
 
@@ -141,8 +146,15 @@ class Window:
             self.ran = True
         right, left = self.probes
         if self.keys is not None:
-            return right, left, (self.param, None, None, self.keys, window)
-        return right, left, (self.param, self.state["U"], self.state["V"], None, window)
+            return right, left, (self.weight, None, None, self.keys, window)
+        return right, left, (self.weight, self.state["U"], self.state["V"], None, window)
+
+    def gathered(self, weight: Tensor | None) -> bool:
+        """Whether `weight`, which a layer holds in its forward, is what FSDP2 has gathered the parameter into."""
+        if self.part is None or weight is None or weight.shape != self.param.shape or part_of(weight) is not None:
+            return False
+        self.weight = weight
+        return True
 
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return U (m, r) and V (n, r) in the dtype of a layer, cast once per step."""
@@ -156,28 +168,70 @@ class Window:
 
     @torch.no_grad()
     def add(self, gradient: Tensor) -> None:
-        """Add a dense gradient of the parameter's shape; it is read only, and cast a tile at a time."""
+        """Add a dense gradient of the parameter's shape; it is read only, and cast a tile at a time.
+
+        Of a sharded one the rows of this rank; what they add to the left sketch is a part of a sum over ranks.
+        """
         first, (_, m, n) = self.first, self.first.shape
-        G = as_matrices(gradient, first.shape)
         batch = first.shape.batch
+        held, rows = (slice(0, batch), slice(0, m)) if self.part is None else self.part.slices(first.shape)
+        G = local(gradient)
+        if not G.numel():
+            return
+        G = as_matrices(G, MatrixShape((held.stop - held.start,), rows.stop - rows.start, n))
         if len(self.pending) < batch:
             U, V = (self.state[key].reshape(batch, -1, first.rank) for key in "UV")
-            if self._sketches is None:
-                self._sketches = U.new_zeros(batch, m, first.rank), U.new_zeros(batch, n, first.rank)
-            GV, GtU = self._sketches
-            _add_sketch(GV, GtU, G, U, V)
+            GV, GtU = self._sums()
+            _add_sketch(GV[held, rows], GtU[held], G, U[held, rows], V[held])
         if not self.pending:
             return
-        G = G if len(self.pending) == batch else G[self.pending]
-        if first.dense:
-            # What is added may be the caller's own tensor.
-            self._start = _plus(self._start, first.observe(G))
+        # Places among the pending matrices, and in G.
+        places = [(i, p - held.start) for i, p in enumerate(self.pending) if held.start <= p < held.stop]
+        if not places:
             return
-        Omega, Psi = first.right(G.device), first.left(G.device)
+        some = slice(places[0][0], places[-1][0] + 1)
+        G = G if len(places) == len(G) else G[[place for _, place in places]]
+        sums = self._start_sums()
+        if first.dense:
+            sums[0][some, rows] += G
+            return
+        Omega, Psi = first.right(G.device), first.left(G.device)[rows]
+        Y, Z = sums
+        _add_sketch(Y[some, rows], Z[some], G, Psi.expand(len(G), -1, -1), Omega.expand(len(G), -1, -1))
+
+    def _sums(self) -> Pair:
+        """Return the sums of the sketches of dense gradients, made now if there are none."""
+        if self._sketches is None:
+            (b, m, n), like = (self.first.shape.batch, *self.first.shape[1:]), self.state["U"]
+            self._sketches = tuple(like.new_zeros(b, size, self.first.rank) for size in (m, n))
+        return self._sketches
+
+    def _start_sums(self) -> Pair:
+        """Return the same of the first window."""
         if self._start is None:
-            self._start = tuple(Omega.new_zeros(len(G), size, w) for size, w in zip((m, n), first.widths, strict=True))
-        Y, Z = self._start
-        _add_sketch(Y, Z, G, Psi.expand(len(G), -1, -1), Omega.expand(len(G), -1, -1))
+            (_, m, n), like, count = self.first.shape, self.state["U"], len(self.pending)
+            sizes = [(m, n)] if self.first.dense else list(zip((m, n), self.first.widths, strict=True))
+            self._start = tuple(like.new_zeros(count, *size) for size in sizes)
+        return self._start
+
+    def share(self, ranks: int) -> list[Tensor]:
+        """Return the tensors whose sum over `ranks` ranks, in place, makes this window that of their mean gradient.
+
+        A rank to which nothing came gives zeros. What layers have sketched is of this rank's batch; the rows of a
+        sharded gradient have been averaged before, and those of a whole one have not.
+        """
+        self.shared = True
+        of_tensors = ranks if self.part is None else self.part.replicas
+        probed, batch = self._probed(), self.first.shape.batch
+        held = [*(self._sketches or ()), *(self._start or ())]
+        if of_tensors > 1 and held:
+            torch._foreach_div_(held, of_tensors)
+        sums = [*(self._sums() if len(self.pending) < batch else ()), *(self._start_sums() if self.pending else ())]
+        if probed is not None:
+            torch._foreach_add_(sums, list(probed), alpha=1 / ranks)
+            for probe in self.probes or ():
+                probe.grad = None
+        return sums
 
     def sketches(self, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sums of (G V, G' U); zeros where no matrix has a momentum. U and V are those of the state."""
