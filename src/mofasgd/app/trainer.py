@@ -115,7 +115,7 @@ class Trainer:
         self.optimizers, self.settings = build(self.model, config.optimizer, config.seed)
         self.handle: Handle | None = None
         self.gradient_bytes: int | None = None
-        if self.settings.get("attach", "none") != "none" and self.ranks.world == 1:
+        if self.settings.get("attach", "none") != "none":
             self._attach(self.settings["attach"])
         self.forward: nn.Module = self.model
         self._compile()
