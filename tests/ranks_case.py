@@ -4,8 +4,9 @@ import os
 import socket
 from multiprocessing import get_context
 
+import torch._dynamo  # what every copy would import by itself
 import torch.distributed as dist
-from app_common import run_quietly  # noqa: F401  imported before the copies are made
+import torch.distributed.checkpoint.state_dict  # noqa: F401
 
 from mofasgd.app.ranks import joined
 
