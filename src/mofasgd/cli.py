@@ -16,6 +16,7 @@ from mofasgd.options import did_you_mean
 
 COMMANDS = {
     "pretrain": "mofasgd.app.pretrain:pretrain",
+    "export": "mofasgd.app.export:export",
     "compare": "mofasgd.app.compare:compare",
     "finetune": "mofasgd.app.tune.commands:finetune",
     "glue": "mofasgd.app.tune.commands:glue",

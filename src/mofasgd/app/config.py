@@ -205,6 +205,16 @@ class PretrainConfig:
 
 
 @dataclass
+class ExportConfig:
+    """Write the weights of a run as a safetensors file."""
+
+    out: Path = Path("runs/pretrain")
+    """run folder of `mofasgd pretrain`, whose newest checkpoint is read"""
+    to: Path | None = None
+    """file to write; none: model.safetensors in the run folder"""
+
+
+@dataclass
 class CompareConfig:
     """Train the same model on the same tokens with several optimizers and report side by side."""
 
