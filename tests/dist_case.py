@@ -32,7 +32,7 @@ class Net(nn.Module):
         x = self.norm(self.embedding(ids))
         if not skip:
             x = x + self.down(F.gelu(self.up(x)))
-        x = x + F.gelu(x @ self.raw) @ self.stack.sum(0) + self.shift
+        x = x + F.gelu(x @ self.raw) @ self.stack.sum(0) + self.shift.to(x.dtype)
         return (x @ self.embedding.weight.mT) * (1 + self.row(x))
 
 
@@ -59,13 +59,13 @@ def loss_of(model, tokens, **options):
     return F.cross_entropy(model(tokens[:, :-1], **options).float().flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def train(model, opt, steps, rank=None, *, called=None, micro=2, loss=loss_of, before=nullcontext):
+def train(model, opt, steps, rank=None, *, first=0, called=None, micro=2, loss=loss_of, before=nullcontext):
     """Take `steps` steps of `opt`, by the rows of `rank` (None: all); return the gradient norms.
 
     `called` is what is called in place of the model (a wrapper); `before(micro)` is the context of each micro-batch.
     """
     called, norms = model if called is None else called, []
-    for step in range(steps):
+    for step in range(first, first + steps):
         for number, tokens in enumerate(batches(step, micro)):
             own = tokens if rank is None else tokens[2 * rank : 2 * rank + 2]
             with before(number):

@@ -1,25 +1,23 @@
 """What two processes do with sharded weights; run in both of them by dist_ranks.py."""
 
 import functools
+from contextlib import contextmanager
 
 import torch
-from dist_case import net, optimizer, train
-from torch.distributed.fsdp import fully_shard
+from attached import windows
+from dist_case import loss_of, net, optimizer, outcome, train
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from mofasgd import MoFaSGD
+from mofasgd.attach.window import Window
 
 STEPS = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def full(model):
-    return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in model.state_dict().items()}
-
-
-def state_of(opt):
-    return [
-        (v.full_tensor() if hasattr(v, "full_tensor") else v).clone()
-        for p in opt.state
-        for _, v in sorted(opt.state[p].items())
-    ]
+MODES = ("dense", "auto", "release")
+POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def sharded(model, **options):
@@ -28,18 +26,141 @@ def sharded(model, **options):
     return fully_shard(model, **options)
 
 
-def trained(rank, dtype, mode, steps=STEPS, policy=None, **options):
+@contextmanager
+def added():
+    """Yield the names of the parameters whose dense gradients windows see."""
+    names, add = set(), Window.add
+
+    def note(window, gradient):
+        names.add(window.name)
+        add(window, gradient)
+
+    Window.add = note
+    try:
+        yield names
+    finally:
+        Window.add = add
+
+
+def trained(rank, mode="auto", dtype=torch.float32, *, no_sync=False, mesh=None, policy=None, **options):
     model = net(dtype)
-    sharded(model, **({} if policy is None else {"mp_policy": policy}))
+    shape = {} if mesh is None else {"mesh": init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard"))}
+    sharded(model, **shape, **({} if policy is None else {"mp_policy": policy}))
     opt = optimizer(model, **options)
     if mode != "dense":
         opt.attach(model, mode)
-    norms = train(model, opt, steps, rank)
-    return full(model), norms, state_of(opt), (opt.traffic.bytes, opt.traffic.calls)
+
+    @contextmanager
+    def before(number):
+        if no_sync:
+            model.set_requires_gradient_sync(number == 1)
+        yield
+        if no_sync and mode == "release":
+            # Else FSDP would hold the gradients in full until a later backward.
+            assert not any(window.empty for window in windows(opt.handle).values())
+
+    return outcome(model, opt, train(model, opt, STEPS, rank, before=before))
+
+
+def sketches_only(rank):
+    """Return which parameters' dense gradients are seen after the first window."""
+    model = sharded(net())
+    opt = optimizer(model)
+    opt.attach(model)
+    train(model, opt, 1, rank)
+    with added() as names:
+        train(model, opt, 1, rank)
+    return names
+
+
+def swapped(rank):
+    """As accelerate does: the model is sharded after attach, and the optimizer gets the new parameters."""
+    model = net()
+    opt = optimizer(model)
+    opt.attach(model)
+    names = {p: name for name, p in model.named_parameters()}
+    sharded(model)
+    new = dict(model.named_parameters())
+    for group in opt.param_groups:
+        group["params"] = [new[names[p]] for p in group["params"]]
+    with added() as seen:
+        norms = train(model, opt, STEPS, rank)
+    return outcome(model, opt, norms), "up.weight" in seen
+
+
+def resumed(rank):
+    """Two steps, then two more of another optimizer with the first one's state."""
+    model = sharded(net())
+    opt = optimizer(model)
+    train(model, opt, STEPS, rank)
+    whole = outcome(model, opt, [])
+    model = sharded(net())
+    opt = optimizer(model)
+    norms = train(model, opt, 2, rank)
+    other = optimizer(model)
+    other.load_state_dict(opt.state_dict())
+    other.attach(model, "release").detach()
+    norms += train(model, other, STEPS - 2, rank, first=2)
+    return whole, outcome(model, other, [])
+
+
+def message(function, *args, **kwargs):
+    """Return what `function` refuses."""
+    try:
+        function(*args, **kwargs)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
+def refusals(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    tp = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    weight = torch.randn(8, 6)
+    of = lambda mesh, placement: nn.Parameter(distribute_tensor(weight, mesh, [placement]))  # noqa: E731
+    found = {
+        "columns": message(MoFaSGD, [of(mesh, Shard(1))], rank=2),
+        "replicas": message(MoFaSGD, [of(mesh, Replicate())], rank=2),
+        "tp": message(MoFaSGD, [of(tp, Shard(0))], rank=2),
+    }
+    model = sharded(net())
+    opt = optimizer(model, complement=1.0)
+    loss_of(model, torch.zeros(2, 9, dtype=torch.long)).backward()
+    found["complement"] = message(opt.step)
+    opt = optimizer(model)
+    found["step_in_backward"] = message(opt.attach, model, "release", step_in_backward=True)
+    return found
+
+
+def evaluated(rank):
+    """An evaluation leaves the root's weights gathered; attaching after it works all the same."""
+    model = sharded(net())
+    opt = optimizer(model)
+    with torch.no_grad():
+        model(torch.zeros(2, 9, dtype=torch.long))
+    assert not isinstance(model.raw, DTensor)
+    opt.attach(model)
+    return outcome(model, opt, train(model, opt, STEPS, rank))
 
 
 CASES = {
-    f"fsdp {mode} {name}": functools.partial(trained, dtype=dtype, mode=mode)
-    for mode in ("dense", "auto", "release")
+    f"{mode} {name}": functools.partial(trained, mode=mode, dtype=dtype)
+    for mode in MODES
     for name, dtype in DTYPES.items()
+} | {
+    "dense clipped": functools.partial(trained, mode="dense", max_grad_norm=0.1, weight_decay=0.1),
+    "auto clipped": functools.partial(trained, max_grad_norm=0.1, weight_decay=0.1),
+    "dense policy": functools.partial(trained, mode="dense", policy=POLICY),
+    "auto policy": functools.partial(trained, policy=POLICY),
+    "dense no_sync": functools.partial(trained, mode="dense", no_sync=True),
+    "auto no_sync": functools.partial(trained, no_sync=True),
+    "release no_sync": functools.partial(trained, mode="release", no_sync=True),
+    "replicas of shards": functools.partial(trained, mesh=(1, 2)),
+    "shards of replicas": functools.partial(trained, mesh=(2, 1), mode="release"),
+    "dense shards of replicas": functools.partial(trained, mesh=(2, 1), mode="dense"),
+    "sketches only": sketches_only,
+    "swapped": swapped,
+    "resumed": resumed,
+    "refusals": refusals,
+    "evaluated": evaluated,
 }

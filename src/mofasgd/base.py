@@ -25,7 +25,7 @@ from mofasgd.state import factored_shape, new_adamw, new_factored, restored, wai
 
 def alone() -> dict[str, Any]:
     """Return what an optimizer knows of other ranks before it has met any."""
-    return {"_ranks": None, "_met": False, "_check_every": 100, "_exchanged": 0}
+    return {"_ranks": None, "_traffic": Traffic(), "_met": False, "_check_every": 100, "_exchanged": 0}
 
 
 class FactoredOptimizer(Optimizer):
@@ -48,6 +48,7 @@ class FactoredOptimizer(Optimizer):
     _reported: int
     _handle: Handle | None
     _ranks: Ranks | None
+    _traffic: Traffic
     _met: bool
     _check_every: int
     _exchanged: int
@@ -102,6 +103,12 @@ class FactoredOptimizer(Optimizer):
         self._pending = None
         if group["algorithm"] == "adamw":
             return new_adamw(param, self.state_dtype)
+        if param.dim() < 2:
+            # A group with a vector in it is refused, so this has been put in place of a matrix since.
+            raise ValueError(
+                f"parameter {index} of shape {tuple(param.shape)} was a matrix when the optimizer was made: something "
+                "(DeepSpeed ZeRO, FSDP1) has flattened it; use FSDP2 (fully_shard) or DDP instead"
+            )
         shape, rank = factored_shape(param, group)
         return new_factored(param, shape, rank, self.state_dtype)
 
@@ -162,7 +169,7 @@ class FactoredOptimizer(Optimizer):
     @property
     def traffic(self) -> Traffic:
         """What this rank has given to all-reduces for the steps taken so far."""
-        return Traffic() if self._ranks is None else self._ranks.traffic
+        return self._traffic
 
     def _join(self) -> Ranks | None:
         """Return the ranks that train with this one, None if there are none."""
@@ -170,9 +177,9 @@ class FactoredOptimizer(Optimizer):
         if group is None and self._handle is not None and self._handle.replicas is not None:
             group = self._handle.replicas.group
         if group is None:
-            return None
-        if self._ranks is None or self._ranks.group is not group:
-            self._ranks = Ranks(group, self.traffic)
+            self._ranks = None
+        elif self._ranks is None or self._ranks.group is not group:
+            self._ranks = Ranks(group, self._traffic)
         return self._ranks
 
     def _exchange(self) -> Exchange:
@@ -201,13 +208,15 @@ class FactoredOptimizer(Optimizer):
 
     def _meet(self) -> None:
         """Begin with rank 0's weights, as DDP does, and with its state."""
+        if self._met:
+            return
         ranks = self._join()
-        if ranks is None or self._met:
+        if ranks is None:
             return
         self._met = True
         self.materialize()
         if self._handle is not None:
-            ranks.broadcast(self._handle.whole())
+            ranks.broadcast([*self._handle.whole(), *self._handle.buffers()])
         self._compare(ranks)
 
     def _compare(self, ranks: Ranks) -> None:
@@ -224,9 +233,8 @@ class FactoredOptimizer(Optimizer):
 
     def _compare_often(self) -> None:
         self._exchanged += 1
-        ranks = self._join()
-        if ranks is not None and self._exchanged % self._check_every == 0:
-            self._compare(ranks)
+        if self._ranks is not None and self._exchanged % self._check_every == 0:
+            self._compare(self._ranks)
 
     def _refuse_sharded(self, group: Group) -> None:
         reason = self._reads_gradient(group)

@@ -94,6 +94,6 @@ def _squares(params: list[Tensor], plain: dict[Tensor, Plain]) -> list[Tensor]:
     """Return the share of this rank in |g|^2 of sharded parameters, as one tensor (len(params),), or none."""
     if not params:
         return []
-    norms = [torch.linalg.vector_norm(plain[param].grad, dtype=torch.float64) for param in params]
-    replicas = [part.replicas for param in params if (part := part_of(param)) is not None]
-    return [torch.stack(norms).square() / torch.tensor(replicas, dtype=torch.float64).to(norms[0].device)]
+    norms = torch._foreach_norm([plain[param].grad for param in params], dtype=torch.float64)
+    replicas = [part.replicas**0.5 for param in params if (part := part_of(param)) is not None]
+    return [torch.stack(torch._foreach_div(norms, replicas)).square()]

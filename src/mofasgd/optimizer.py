@@ -304,7 +304,7 @@ class MoFaSGD(FactoredOptimizer):
 
         A step that reads the gradient itself has `p.grad` averaged, in full.
         """
-        ranks = self._join()
+        ranks = self._ranks if self._met else self._join()
         if ranks is None or self._handle is None or param.grad is None:
             return None
         if self._reads_gradient(group) is not None:

@@ -202,8 +202,8 @@ MUTANTS = [
     Mutant(
         "a loaded state is not sketched by",
         "base.py",
-        "            self._handle.renew()",
-        "            pass",
+        "            self._handle.renew()\n\n    def __getstate__",
+        "            pass\n\n    def __getstate__",
         "test_attach_failures.py::test_a_window_that_is_open_while_a_state_is_loaded_is_dropped",
     ),
     Mutant(
@@ -223,7 +223,7 @@ MUTANTS = [
     Mutant(
         "other weights in place of the attached ones are sketched",
         "attach/sketch.py",
-        "weight is not window.param or ",
+        "(weight is not window.param and not window.gathered(weight)) or ",
         "",
         "test_attach_layers.py::test_weights_put_in_place_of_the_attached_ones_get_their_own_gradients",
     ),
@@ -265,8 +265,8 @@ MUTANTS = [
     Mutant(
         "a step is refused after its sketches are used up",
         "optimizer.py",
-        "        self._check()\n        updates = self._observe(gate)\n",
-        "        updates = self._observe(gate)\n        self._check()\n",
+        "        self._check()\n        updates = self._observe(gate, self._exchange())\n",
+        "        updates = self._observe(gate, self._exchange())\n        self._check()\n",
         "test_attach_failures.py::test_a_refused_step_uses_up_no_sketch",
     ),
 ]

@@ -119,8 +119,8 @@ MUTANTS = [
     Mutant(
         "one beta for all groups of a shape",
         "optimizer.py",
-        "key = (id(group), member.shape, param.device, param.dtype)",
-        "key = (member.shape, param.device, param.dtype)",
+        "key = (id(group), member.shape, param.device, param.dtype, member.part)",
+        "key = (member.shape, param.device, param.dtype, member.part)",
         "test_optimizer.py::test_groups_of_equal_shapes_keep_their_own_options",
     ),
     Mutant(

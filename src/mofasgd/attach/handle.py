@@ -277,10 +277,14 @@ class Handle:
         return param in self._windows and not self.stepping
 
     def whole(self) -> list[Tensor]:
-        """Return what is to be alike on all ranks and nobody else makes so: in a DDP the attached parameters."""
+        """Return the weights that are to be alike on all ranks: of a model in a DDP those that it leaves out."""
         if self.replicas is not None and self.replicas.ddp is not None:
             return [row.param for row in self.rows if row.mode != "p.grad"]
-        return [t for t in (*self._model.parameters(), *self._model.buffers()) if not is_sharded(t)]
+        return [p for p in self._model.parameters() if not is_sharded(p)]
+
+    def buffers(self) -> list[Tensor]:
+        """Return what begins alike and may then differ; nothing where a DDP sees to it."""
+        return [] if self.replicas is None or self.replicas.ddp is not None else list(self._model.buffers())
 
     @property
     def averaged(self) -> list[Tensor]:

@@ -254,7 +254,8 @@ def why_not(module: nn.Module, param: Tensor) -> str | None:
     kind = next(kind for kind in _MIXINS if isinstance(module, kind))
     if module._parameters.get("weight") is not param:
         return "the layer computes its weight from it"
-    if own_class(module).forward is not kind.forward or "forward" in vars(module):  # type: ignore[attr-defined]
+    # FSDP2 puts a class on top of the mixed one.
+    if own_class(module).forward not in (kind.forward, _MIXINS[kind].forward) or "forward" in vars(module):  # type: ignore[attr-defined]
         return f"{type(module).__name__} has a forward of its own"
     if getattr(module, "scale_grad_by_freq", False):
         return "scale_grad_by_freq"

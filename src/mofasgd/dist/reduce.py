@@ -104,9 +104,10 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def checksum(tensors: Sequence[Tensor]) -> Tensor:
-    """Return a 0-dim int64 that tells tensors of one device with other bits apart, but for accidents; no copy is made."""
+    """Return a 0-dim int64 that tells tensors with other bits apart, but for accidents; no copy of them is made."""
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     # Integer sums do not depend on their order; the odd factors tell tensors from each other.
+    device = tensors[0].device
     sums = [t.detach().reshape(-1).view(kinds[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
-    total: Tensor = sum((2 * i + 1) * value for i, value in enumerate(sums))  # type: ignore[assignment]
+    total: Tensor = sum((2 * i + 1) * value.to(device) for i, value in enumerate(sums))  # type: ignore[assignment]
     return total

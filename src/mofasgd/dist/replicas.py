@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -89,7 +89,6 @@ class Replicas:
 
     def refuse_wrapped(self) -> None:
         """Raise ValueError if a DDP that leaves the parameters out is still there."""
-        gc.collect()
         if any(self._model in (ddp.module, getattr(ddp.module, "_orig_mod", None)) for ddp in _wrappers()):
             raise ValueError(
                 "detach() of a model inside DistributedDataParallel: its buckets lack the attached parameters, whose "
@@ -97,6 +96,15 @@ class Replicas:
             )
 
 
-def _wrappers() -> Iterator[DDP]:
-    # DDP leaves no trace in the module that it wraps. `isinstance` would wake lazy proxies among all objects.
-    return (thing for thing in gc.get_objects() if issubclass(type(thing), DDP))
+def _wrappers() -> list[DDP]:
+    """Return all DDPs of this process, which leave no trace in the modules that they wrap."""
+
+    def found() -> list[DDP]:
+        # `isinstance` would wake lazy proxies among all objects.
+        return [thing for thing in gc.get_objects() if issubclass(type(thing), DDP)]
+
+    if not found():
+        return []
+    # What the user has dropped is still there until its cycles are collected.
+    gc.collect()
+    return found()

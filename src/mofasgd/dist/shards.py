@@ -95,6 +95,8 @@ def check_kind(param: Tensor, name: str) -> None:
         return
     from torch.distributed.tensor import Shard
 
+    if param.device.type == "cpu" and param.device_mesh.device_type != "cpu":  # type: ignore[attr-defined]
+        raise ValueError(f"{name} is offloaded to the CPU (CPUOffloadPolicy): shard the model without an offload policy")
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
     rows = type(placements[-1]) is Shard and placements[-1].dim == 0
     fits = rows and (mesh.ndim == 1 or (mesh.ndim == 2 and placements[0].is_replicate()))
