@@ -87,19 +87,20 @@ def test_one_rank_keeps_the_folder(tmp_path):
     assert content["ranks"] == len(content["rng"]) == 2
 
 
+def interrupted(ranks, config):
+    step = Trainer.train_step
+
+    def train_step(self):
+        if self.step == 2 and ranks.rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self)
+
+    Trainer.train_step = train_step
+    return run_ranks(ranks, config)
+
+
 def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_bit_for_bit(tmp_path):
     together(run_ranks, tiny(tmp_path, out=tmp_path / "whole"))
-
-    def interrupted(ranks, config):
-        step = Trainer.train_step
-
-        def train_step(self):
-            if self.step == 2 and ranks.rank == 1:
-                signal.raise_signal(signal.SIGTERM)
-            return step(self)
-
-        Trainer.train_step = train_step
-        return run_ranks(ranks, config)
 
     for outcome in together(interrupted, tiny(tmp_path)):
         assert isinstance(outcome, Stopped)
@@ -109,15 +110,17 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_bit_for_bit(tmp_path
     assert metrics(tmp_path / "whole")[-2:] == metrics(tmp_path / "run")[-2:]
 
 
+def stopped(ranks, config):
+    Trainer.evaluate = lambda self: 1.0 if self.step < 8 else float("nan")
+    return run_ranks(ranks, config)
+
+
+def resumed(ranks, config):
+    return train(config, Display(quiet=not ranks.lead), ranks)
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_ranks_goes_on_with_the_same_data(tmp_path, capsys, before, after):
-    def stopped(ranks, config):
-        Trainer.evaluate = lambda self: 1.0 if self.step < 8 else float("nan")
-        return run_ranks(ranks, config)
-
-    def resumed(ranks, config):
-        return train(config, Display(quiet=not ranks.lead), ranks)
-
     options = {"checkpoint_every": 4, "optimizer": {"name": "sgd", "lr": 0.1}}
     outcomes = together(stopped, tiny(tmp_path, **options), world=before)
     assert all(isinstance(outcome, Diverged) for outcome in outcomes)
@@ -128,26 +131,23 @@ def test_another_number_of_ranks_goes_on_with_the_same_data(tmp_path, capsys, be
         torch.testing.assert_close(weight, mixed[name], rtol=0, atol=1e-6)
 
 
-def broken_at(where, rank):
-    """Return a function that runs one of the ranks with an error of its own."""
+def fail(*arguments):
+    raise OSError("no such disk")
 
-    def run(ranks, config):
-        def fail(*arguments):
-            raise OSError("no such disk")
 
-        if ranks.rank == rank and where == "data":
-            batch = Trainer._batch
-            Trainer._batch = lambda self: batch(self) if self.step < 3 else fail()
-        elif ranks.rank == rank and where == "start":
-            config.data.train = [f"{config.data.train[0]}.gone"]
-        elif ranks.rank == rank and where == "save":
-            checkpoint.save = fail
-        elif ranks.rank == rank and where == "evaluation":
-            part = Trainer._evaluate_part
-            Trainer._evaluate_part = lambda self: part(self) if self.step < 3 else fail()
-        return run_ranks(ranks, config)
-
-    return run
+def broken(ranks, config, where, rank):
+    """Run with an error in one of the ranks."""
+    if ranks.rank == rank and where == "data":
+        batch = Trainer._batch
+        Trainer._batch = lambda self: batch(self) if self.step < 3 else fail()
+    elif ranks.rank == rank and where == "start":
+        config.data.train = [f"{config.data.train[0]}.gone"]
+    elif ranks.rank == rank and where == "save":
+        checkpoint.save = fail
+    elif ranks.rank == rank and where == "evaluation":
+        part = Trainer._evaluate_part
+        Trainer._evaluate_part = lambda self: part(self) if self.step < 3 else fail()
+    return run_ranks(ranks, config)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def broken_at(where, rank):
     ],
 )
 def test_an_error_of_one_rank_ends_all_with_it(tmp_path, where, rank, message):
-    outcomes = together(broken_at(where, rank), tiny(tmp_path))
+    outcomes = together(broken, tiny(tmp_path), where, rank)
     for outcome in outcomes:
         assert type(outcome) in (Stopped, ValueError)
         assert re.match(message, str(outcome))
@@ -326,7 +326,7 @@ def test_ctrl_c_in_a_terminal_saves(tmp_path):
 @pytest.mark.slow
 def test_torchrun(tmp_path):
     run = ("torch.distributed.run", "--nproc-per-node", "2", "-m", "mofasgd.cli")
-    options = {"log_every": 1, "checkpoint_every": 1}
+    options = {"log_every": 1, "checkpoint_every": 5}
     process = launch(tiny(tmp_path, steps=400, **options), tmp_path, *run)
     wait_for(process, tmp_path / "run", "checkpoints/*.pt")
     os.kill(workers_of(process)[0], signal.SIGKILL)
@@ -337,7 +337,9 @@ def test_torchrun(tmp_path):
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert out.startswith("resumed at step ")
-    assert out.count("validation loss") == 101
-    process = launch(tiny(tmp_path, batch_size=3), tmp_path, *run)
+    assert "step 400  validation loss" in out
+    together(run_ranks, tiny(tmp_path, steps=400, out=tmp_path / "whole"))
+    assert equal(final_weights(tmp_path / "whole"), final_weights(tmp_path / "run"))
+    process = launch(tiny(tmp_path, batch_size=3, out=tmp_path / "other"), tmp_path, *run)
     _, error = process.communicate(timeout=60)
     assert error.count("mofasgd pretrain: error: batch_size=3 cannot be shared by 2 ranks") == 1

@@ -134,7 +134,9 @@ class Trainer:
             # Every rank has made the same buffers. torch 2.13 has another name for it, which 2.11 does not know.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
-                self.forward = DistributedDataParallel(self.model, broadcast_buffers=False)
+                self.forward = DistributedDataParallel(
+                    self.model, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
             self._compile()
 
     def _attach(self, mode: str) -> None:
