@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mofasgd import MoFaSGD, param_groups
 from mofasgd.dist.shards import whole
@@ -16,6 +17,8 @@ VOCABULARY, WIDTH, WORLD = 64, 48, 2
 
 class Net(nn.Module):
     """Linear layers of even and odd sizes, a matrix used by hand, one of one row, a stack, a tied embedding."""
+
+    checkpointed = False
 
     def __init__(self):
         super().__init__()
@@ -28,10 +31,13 @@ class Net(nn.Module):
         self.stack = nn.Parameter(torch.randn(3, 31, WIDTH) / 7)
         self.register_buffer("shift", torch.randn(WIDTH))
 
+    def wide(self, x):
+        return self.down(F.gelu(self.up(x)))
+
     def forward(self, ids, skip=False):
         x = self.norm(self.embedding(ids))
         if not skip:
-            x = x + self.down(F.gelu(self.up(x)))
+            x = x + (checkpoint(self.wide, x, use_reentrant=False) if self.checkpointed else self.wide(x))
         x = x + F.gelu(x @ self.raw) @ self.stack.sum(0) + self.shift.to(x.dtype)
         return (x @ self.embedding.weight.mT) * (1 + self.row(x))
 

@@ -1,5 +1,6 @@
 """What two replicas do; run in both of them by dist_ranks.py."""
 
+import copy
 import functools
 import gc
 from contextlib import nullcontext
@@ -53,6 +54,11 @@ def unequal_loss(model, tokens, rank=None):
         return loss_of(model, tokens, skip=rank == 1)
     first, second = tokens.chunk(2)
     return (loss_of(model, first) + loss_of(model, second, skip=True)) / 2
+
+
+def unused_loss(model, tokens, rank=None):
+    """No rank uses two of the layers."""
+    return loss_of(model, tokens, skip=True)
 
 
 def bad_loss(model, tokens, rank=None):
@@ -134,6 +140,7 @@ def orders(rank):
     handle = opt.attach(model)
     ddp = DDP(model)
     found["detach"] = message(handle.detach)
+    found["copy"] = hasattr(copy.deepcopy(model), "_ddp_params_and_buffers_to_ignore")
     loss_of(ddp, tokens).backward()
     opt.step()
     found["detach later"] = message(handle.detach)
@@ -198,6 +205,7 @@ CASES = {
         trained, mode="release", step_in_backward=True, micro=1, loss=plain_loss, complement=1.0
     ),
     "unequal": functools.partial(trained, loss=unequal_loss),
+    "unused": functools.partial(trained, loss=unused_loss, weight_decay=0.1),
     "not finite": functools.partial(trained, loss=bad_loss, steps=2),
     "long": functools.partial(trained, dtype=torch.bfloat16, steps=50, micro=1, loss=plain_loss, wrap=True),
     "bytes": bytes_of_late_steps,

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from mofasgd import MoFaSGD
 from mofasgd.attach.window import Window
+from mofasgd.dist.shards import whole
 
 STEPS = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -42,8 +43,20 @@ def added():
         Window.add = add
 
 
-def trained(rank, mode="auto", dtype=torch.float32, *, no_sync=False, mesh=None, policy=None, **options):
+def trained(
+    rank,
+    mode="auto",
+    dtype=torch.float32,
+    *,
+    steps=STEPS,
+    no_sync=False,
+    mesh=None,
+    policy=None,
+    checkpointed=False,
+    **options,
+):
     model = net(dtype)
+    model.checkpointed = checkpointed
     shape = {} if mesh is None else {"mesh": init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard"))}
     sharded(model, **shape, **({} if policy is None else {"mp_policy": policy}))
     opt = optimizer(model, **options)
@@ -57,9 +70,9 @@ def trained(rank, mode="auto", dtype=torch.float32, *, no_sync=False, mesh=None,
         yield
         if no_sync and mode == "release":
             # Else FSDP would hold the gradients in full until a later backward.
-            assert not any(window.empty for window in windows(opt.handle).values())
+            assert not windows(opt.handle)["up.weight"].empty
 
-    return outcome(model, opt, train(model, opt, STEPS, rank, before=before))
+    return outcome(model, opt, train(model, opt, steps, rank, before=before))
 
 
 def sketches_only(rank):
@@ -85,23 +98,24 @@ def swapped(rank):
         group["params"] = [new[names[p]] for p in group["params"]]
     with added() as seen:
         norms = train(model, opt, STEPS, rank)
-    return outcome(model, opt, norms), "up.weight" in seen
+    return outcome(model, opt, norms), "up.weight" in seen, len(opt.state_dict()["state"])
 
 
 def resumed(rank):
-    """Two steps, then two more of another optimizer with the first one's state."""
+    """Two steps, then two more of another optimizer with the first one's state, which was saved whole."""
     model = sharded(net())
     opt = optimizer(model)
     train(model, opt, STEPS, rank)
-    whole = outcome(model, opt, [])
+    unbroken = outcome(model, opt, [])
     model = sharded(net())
     opt = optimizer(model)
     norms = train(model, opt, 2, rank)
     other = optimizer(model)
-    other.load_state_dict(opt.state_dict())
-    other.attach(model, "release").detach()
+    saved = opt.state_dict()
+    saved["state"] = {i: {key: whole(value) for key, value in entry.items()} for i, entry in saved["state"].items()}
+    other.load_state_dict(saved)
     norms += train(model, other, STEPS - 2, rank, first=2)
-    return whole, outcome(model, other, [])
+    return unbroken, outcome(model, other, [])
 
 
 def message(function, *args, **kwargs):
@@ -155,9 +169,14 @@ CASES = {
     "dense no_sync": functools.partial(trained, mode="dense", no_sync=True),
     "auto no_sync": functools.partial(trained, no_sync=True),
     "release no_sync": functools.partial(trained, mode="release", no_sync=True),
+    "checkpointed": functools.partial(trained, checkpointed=True),
     "replicas of shards": functools.partial(trained, mesh=(1, 2)),
     "shards of replicas": functools.partial(trained, mesh=(2, 1), mode="release"),
     "dense shards of replicas": functools.partial(trained, mesh=(2, 1), mode="dense"),
+    "rounded in shards": functools.partial(trained, mode="dense", dtype=torch.bfloat16, steps=1, weight_decay=0.1),
+    "rounded whole": functools.partial(
+        trained, mode="dense", dtype=torch.bfloat16, steps=1, mesh=(2, 1), weight_decay=0.1
+    ),
     "sketches only": sketches_only,
     "swapped": swapped,
     "resumed": resumed,

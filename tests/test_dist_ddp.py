@@ -64,6 +64,17 @@ def test_a_rank_that_does_not_use_a_layer_counts_with_zeros(pair):
     check(agreed(pair, "unequal"), alone(torch.float32, cases.STEPS, loss=cases.unequal_loss))
 
 
+def test_what_no_rank_uses_does_not_move_or_decay(pair):
+    found = agreed(pair, "unused")
+    expected = alone(torch.float32, cases.STEPS, loss=cases.unused_loss, weight_decay=0.1)
+    check(found, expected)
+    clocks, others = ([value for value in made.state if value.ndim == 0] for made in (found, expected))
+    assert clocks == others
+    start = net().state_dict()
+    for name in ("up.weight", "up.bias", "down.weight"):
+        assert torch.equal(found.weights[name], start[name]), name
+
+
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(pair):
     found = agreed(pair, "not finite")
     check(found, alone(torch.float32, 2, loss=cases.bad_loss))
@@ -112,6 +123,7 @@ def test_ddp_around_more_than_the_attached_module_is_refused_with_the_order(pair
 def test_detaching_inside_ddp_is_refused_with_the_fix_and_leaves_no_trace_after_it(pair, when):
     assert "Drop the wrapper first (model = ddp.module; del ddp)" in pair[0]["orders"][when]
     assert pair[0]["orders"]["left"] is False
+    assert pair[0]["orders"]["copy"] is False
 
 
 def test_parameters_leave_ddp_s_buckets_and_the_user_s_list_stays(pair):

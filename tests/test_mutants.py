@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from mutants import app, attach, core, fast, hf, paper, tune
+from mutants import app, attach, core, dist, fast, hf, paper, tune
 
 ROOT = Path(__file__).parents[1]
 
-PARTS = (core, fast, attach, app, hf, paper, tune)
+PARTS = (core, fast, attach, dist, app, hf, paper, tune)
 
 pytestmark = pytest.mark.slow
 

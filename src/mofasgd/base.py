@@ -97,6 +97,10 @@ class FactoredOptimizer(Optimizer):
             if (param.requires_grad or param.grad is not None) and not self.state[param]:
                 self.state[param] = self._new_state(index, param, group)
         if self._pending is None:
+            # What a library has replaced: torch's state_dict knows only what is in the groups.
+            own = {param for _, param, _ in self._parameters()}
+            for param in [param for param in self.state if param not in own]:
+                del self.state[param]
             self._pending = waiting({p: s for p, s in self.state.items() if "initialized" in s})
 
     def _new_state(self, index: int, param: Tensor, group: Group) -> dict[str, Tensor]:

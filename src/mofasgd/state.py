@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mofasgd.dist.shards import placed_like
 from mofasgd.layout import MatrixShape, matrix_shape
 from mofasgd.options import ALGORITHMS, Group, check_group
 
@@ -115,7 +116,7 @@ def restore(loaded: Any, groups: list[Group], dtype: torch.dtype) -> dict[Tensor
             entry = loaded["state"].get(saved_id)
             if entry:
                 _check_entry(entry, _expected_shapes(param, saved_group), f"parameter {index}")
-                result[param] = {key: _copy(key, value, param.device, dtype) for key, value in entry.items()}
+                result[param] = {key: _copy(key, value, param, dtype) for key, value in entry.items()}
             index += 1
     return result
 
@@ -146,8 +147,11 @@ def restored(optimizer: Optimizer, dtype: torch.dtype) -> Iterator[None]:
             handle.remove()
 
 
-def _copy(key: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return value.detach().to(device, None if key in ("step", "initialized") else dtype, copy=True)
+def _copy(key: str, value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
+    value = value.detach()
+    if key.startswith("exp_avg"):
+        value = placed_like(value, param)
+    return value.to(param.device, None if key in ("step", "initialized") else dtype, copy=True)
 
 
 def _expected_shapes(param: Tensor, saved_group: Group) -> dict[str, tuple[int, ...]]:

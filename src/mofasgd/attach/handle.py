@@ -42,6 +42,13 @@ class Root(Attached):
         if self._mofasgd_handle is not None:
             self._mofasgd_handle.clear()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Return what rebuilds the model as if it had never been attached."""
+        function, args, state, *rest = super().__reduce_ex__(protocol)
+        if self._mofasgd_handle is not None and self._mofasgd_handle.replicas is not None and isinstance(state, dict):
+            state = self._mofasgd_handle.replicas.without(state)
+        return (function, args, state, *rest)
+
     def _parent(self) -> Any:
         # A caller (torch.compile) may hold a method of this class longer than the model is of it.
         return super() if isinstance(self, Root) else self

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Collection
+from typing import Any
 
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -58,6 +59,11 @@ class Replicas:
         # In one place DDP names a root's own parameter ".weight"; in torch.compile's wrapper all have a prefix.
         written = {f"{prefix}{name}" for name in self._names for prefix in ("", ".", "_orig_mod.")}
         ignore_in_ddp(self._model, written | set(self._users or ()))
+
+    def without(self, attributes: dict[str, Any]) -> dict[str, Any]:
+        """Return the model's attributes for a copy of it, which is not attached: a DDP around it has to average all."""
+        kept = {key: value for key, value in attributes.items() if key != _IGNORED}
+        return kept if self._users is None else {**kept, _IGNORED: self._users}
 
     def restore(self) -> None:
         """Undo `leave`."""

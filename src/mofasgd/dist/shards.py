@@ -52,6 +52,21 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def placed_like(value: Tensor, param: Tensor) -> Tensor:
+    """Return `value`, of the global shape of `param`, whole or as a DTensor like `param` is; every rank calls this."""
+    if is_sharded(value) and not is_sharded(param):
+        return whole(value)
+    part = part_of(param)
+    if part is None or is_sharded(value):
+        return value
+    from torch.distributed.tensor import DTensor
+
+    like: Any = param
+    rows = value[part.start : part.stop].to(param.device)
+    place = (like.device_mesh, like.placements)
+    return DTensor.from_local(rows, *place, run_check=False, shape=param.shape, stride=param.stride())
+
+
 def part_of(param: Tensor) -> Part | None:
     """Return the rows that this rank holds of a DTensor; None of any other tensor, which is held whole."""
     if not is_sharded(param):
