@@ -23,6 +23,7 @@ from mofasgd.app.display import Display
 from mofasgd.app.errors import Diverged, Lost, Stopped
 from mofasgd.app.pretrain import pretrain
 from mofasgd.app.run import train
+from mofasgd.app.signals import catch_signals
 from mofasgd.app.trainer import Trainer
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -92,6 +93,8 @@ def interrupted(ranks, config):
 
     def train_step(self):
         if self.step == 2 and ranks.rank == 1:
+            # As Ctrl-C arrives: from the terminal and from the launcher.
+            signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
         return step(self)
 
@@ -284,7 +287,7 @@ def workers_of(process):
 
 
 def wait_for(process, folder, pattern):
-    while not list(folder.glob(pattern)):
+    while not any(path.stat().st_size for path in folder.glob(pattern)):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
 
@@ -305,9 +308,16 @@ def test_gpus_starts_the_ranks_and_tells_of_a_killed_one(tmp_path):
     assert checkpoint.load(tmp_path / "run" / "checkpoints")["step"] == int(found[1])
 
 
+def test_a_second_signal_acts_at_once():
+    with catch_signals() as caught:
+        signal.raise_signal(signal.SIGINT)
+        assert caught == ["SIGINT"]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 @pytest.mark.slow
 def test_ctrl_c_in_a_terminal_saves(tmp_path):
-    """The terminal signals the whole process group: each rank is told twice."""
     options = {"steps": 20_000, "log_every": 1}
     config = tiny(tmp_path, gpus=2, **options)
     path = write_config(config, tmp_path / "config.yaml")

@@ -178,6 +178,6 @@ MUTANTS = [
         "app/run.py",
         "apart = 1.0 if self.ranks.world > 1 else 0.0",
         "apart = 0.0",
-        "test_app_ranks.py::test_ctrl_c_in_a_terminal_saves",
+        "test_app_ranks.py::test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_bit_for_bit",
     ),
 ]
