@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from attached import windows
-from dist_case import loss_of, net, optimizer, outcome, train
+from dist_case import net, optimizer, outcome, train
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from mofasgd import MoFaSGD
 from mofasgd.attach.window import Window
 from mofasgd.dist.shards import whole
+from mofasgd.paper import AuthorsMFSGD
 
 STEPS = 4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -101,6 +102,13 @@ def swapped(rank):
     return outcome(model, opt, norms), "up.weight" in seen, len(opt.state_dict()["state"])
 
 
+def authors(rank, model=None):
+    """The authors' step starts from the weights and reads the whole gradient twice."""
+    model = sharded(net()) if model is None else model
+    opt = AuthorsMFSGD([model.up.weight, model.down.weight], rank=2, nesterov=True)
+    return outcome(model, opt, train(model, opt, STEPS, rank))
+
+
 def resumed(rank):
     """Two steps, then two more of another optimizer with the first one's state, which was saved whole."""
     model = sharded(net())
@@ -138,9 +146,7 @@ def refusals(rank):
         "tp": message(MoFaSGD, [of(tp, Shard(0))], rank=2),
     }
     model = sharded(net())
-    opt = optimizer(model, complement=1.0)
-    loss_of(model, torch.zeros(2, 9, dtype=torch.long)).backward()
-    found["complement"] = message(opt.step)
+    found["complement"] = message(optimizer(model, complement=1.0).attach, model)
     opt = optimizer(model)
     found["step_in_backward"] = message(opt.attach, model, "release", step_in_backward=True)
     return found
@@ -164,6 +170,8 @@ CASES = {
 } | {
     "dense clipped": functools.partial(trained, mode="dense", max_grad_norm=0.1, weight_decay=0.1),
     "auto clipped": functools.partial(trained, max_grad_norm=0.1, weight_decay=0.1),
+    "complement": functools.partial(trained, mode="dense", complement=1.0, weight_decay=0.1),
+    "authors": authors,
     "dense policy": functools.partial(trained, mode="dense", policy=POLICY),
     "auto policy": functools.partial(trained, policy=POLICY),
     "dense no_sync": functools.partial(trained, mode="dense", no_sync=True),

@@ -56,6 +56,14 @@ def test_all_ranks_clip_by_the_norm_of_all_shards(pair, mode):
     check(agreed(pair, f"{mode} clipped"), alone(torch.float32, cases.STEPS, max_grad_norm=0.1, weight_decay=0.1))
 
 
+def test_the_complement_is_of_the_gathered_gradient(pair):
+    check(agreed(pair, "complement"), alone(torch.float32, cases.STEPS, complement=1.0, weight_decay=0.1))
+
+
+def test_the_authors_step_is_that_of_one_process(pair):
+    check(agreed(pair, "authors"), cases.authors(None, net()))
+
+
 @pytest.mark.parametrize("mode", ["dense", "auto"])
 def test_a_mixed_precision_policy_is_followed(pair, mode):
     found = agreed(pair, f"{mode} policy")
@@ -115,7 +123,7 @@ def test_attaching_after_an_evaluation_finds_the_shards(pair):
         ("columns", r"placements (Shard(dim=1),) on a mesh of shape (2,)"),
         ("replicas", "as of tensor parallelism"),
         ("tp", "what fully_shard shards by rows"),
-        ("complement", "complement=1.0 needs the whole gradient, of which FSDP2 leaves each rank some rows"),
+        ("complement", "complement=1.0 needs the full gradient, which sketching never keeps"),
         ("step_in_backward", "use mode='release' without it"),
     ],
 )

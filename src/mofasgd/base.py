@@ -16,7 +16,7 @@ from mofasgd.attach import Handle
 from mofasgd.attach.window import Window
 from mofasgd.dist.reduce import Ranks, Traffic, checksum
 from mofasgd.dist.shards import group_of, is_sharded
-from mofasgd.exchange import Exchange, exchange, sharded_window
+from mofasgd.exchange import Exchange, ShardedGradient, exchange
 from mofasgd.momentum import Factors
 from mofasgd.options import Group, check_flag, check_number, check_parameters, check_whole, complete
 from mofasgd.precision import true_float32
@@ -200,14 +200,16 @@ class FactoredOptimizer(Optimizer):
             elif self._handle is not None and self._handle.sketches(param):
                 windows[param] = self._handle.sum(param)
             elif is_sharded(param) and param.grad is not None:
-                self._refuse_sharded(group)
-                windows[param] = sharded_window(self.seed, index, param, group, self.state[param], waits.get(param, []))
+                place = (self.seed, index, param, group, self.state[param])
+                windows[param] = ShardedGradient(*place, waits.get(param, []))
         return exchange(windows, adamw, self._handle, ranks)
 
     def _replicated(self) -> list[Tensor]:
         """Return the state and, attached, the weights that are to be alike on all ranks, in an order alike as well."""
         whole = [] if self._handle is None else self._handle.whole()
-        entries = [self.state[p][key] for _, p, _ in self._parameters() for key in sorted(self.state.get(p, {}))]
+        # Without a handle, what is not sharded is the user's own affair.
+        params = [p for _, p, _ in self._parameters() if self._handle is not None or is_sharded(p)]
+        entries = [self.state[p][key] for p in params for key in sorted(self.state.get(p, {}))]
         return whole + [entry for entry in entries if not is_sharded(entry)]
 
     def _meet(self) -> None:
@@ -239,14 +241,6 @@ class FactoredOptimizer(Optimizer):
         self._exchanged += 1
         if self._ranks is not None and self._exchanged % self._check_every == 0:
             self._compare(self._ranks)
-
-    def _refuse_sharded(self, group: Group) -> None:
-        reason = self._reads_gradient(group)
-        if reason is not None:
-            raise ValueError(
-                f"{reason} needs the whole gradient, of which FSDP2 leaves each rank some rows: drop it, or train "
-                "replicas (DDP) with full gradients"
-            )
 
     def _detached(self) -> None:
         self._handle = None

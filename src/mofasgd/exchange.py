@@ -15,8 +15,9 @@ from torch import Tensor
 from mofasgd.attach import Handle
 from mofasgd.attach.window import Window
 from mofasgd.dist.reduce import Ranks
-from mofasgd.dist.shards import is_sharded, local, part_of
+from mofasgd.dist.shards import is_sharded, local, part_of, whole
 from mofasgd.gradient import FirstWindow
+from mofasgd.layout import as_matrices
 from mofasgd.options import Group
 from mofasgd.state import factored_shape
 
@@ -44,15 +45,22 @@ class Exchange:
     plain: dict[Tensor, Plain] = field(default_factory=dict)
 
 
-def sharded_window(
-    seed: int, index: int, param: Tensor, group: Group, state: dict[str, Tensor], pending: list[int]
-) -> Window:
-    """Return the sketches of a sharded parameter's `p.grad`."""
-    first = FirstWindow(seed, index, *factored_shape(param, group), state["U"].dtype)
-    window = Window(f"parameter {index}", param, state, first, pending, probed=False)
-    assert param.grad is not None
-    window.add(param.grad)
-    return window
+class ShardedGradient(Window):
+    """A sharded parameter's `p.grad`, which stays where it is."""
+
+    def __init__(
+        self, seed: int, index: int, param: Tensor, group: Group, state: dict[str, Tensor], pending: list[int]
+    ) -> None:
+        """Sketch the gradient of `param`, number `index` of the optimizer."""
+        first = FirstWindow(seed, index, *factored_shape(param, group), state["U"].dtype)
+        super().__init__(f"parameter {index}", param, state, first, pending, probed=False)
+        assert param.grad is not None
+        self.add(param.grad)
+
+    def dense(self) -> Tensor:
+        """Gather the gradient (b, m, n) from all ranks, which call this as well. It is not kept."""
+        assert self.param.grad is not None
+        return as_matrices(whole(self.param.grad), self.first.shape)
 
 
 def exchange(
@@ -66,7 +74,9 @@ def exchange(
         handle: of the attached model, or None.
     """
     averaged = set(handle.averaged) if handle is not None and ranks is not None else set()
-    tensors = [] if ranks is None else [t for window in windows.values() for t in window.share(ranks.size)]
+    # After a step that failed they have been summed already.
+    sums = [window for window in windows.values() if not window.shared]
+    tensors = [] if ranks is None else [t for window in sums for t in window.share(ranks.size)]
     plain: dict[Tensor, Plain] = {}
     means, flags, sharded = [], [], []
     for param in adamw:

@@ -57,7 +57,8 @@ class Member:
     def dense(self) -> Tensor:
         """Return the gradient as matrices (b, m, n)."""
         if self.gradient is None:
-            return torch.zeros_like(as_matrices(self.param, self.shape))
+            _, m, n = self.shape
+            return torch.zeros(self.shape.batch, m, n, dtype=self.param.dtype, device=self.param.device)
         return self.gradient.dense()
 
 
@@ -312,7 +313,7 @@ class Update:
         rounding = Rounding.of(self.context.stochastic_rounding, self.context.seed, member.index, member.state["step"])
         left = move.left * rates[:, None, None]
         if member.part is not None:
-            self._move_part(member, member.part, left, move.right, keep, rounding)
+            self._move_part(member, member.part, left, move.right, extra, keep, rounding)
             return
         weight = as_matrices(member.param, member.shape)
         apply_update(weight, left, move.right, extra, keep, rounding)
@@ -321,7 +322,14 @@ class Update:
             member.param.copy_(weight.view(member.param.shape))
 
     def _move_part(
-        self, member: Member, part: Part, left: Tensor, right: Tensor, keep: Tensor | None, rounding: Rounding
+        self,
+        member: Member,
+        part: Part,
+        left: Tensor,
+        right: Tensor,
+        extra: Tensor | None,
+        keep: Tensor | None,
+        rounding: Rounding,
     ) -> None:
         """Move the rows that this rank holds."""
         held = local(member.param)
@@ -330,8 +338,8 @@ class Update:
         matrices, rows = part.slices(member.shape)
         shape = MatrixShape((matrices.stop - matrices.start,), rows.stop - rows.start, member.shape.n)
         weight, rounding = as_matrices(held, shape), replace(rounding, offset=part.offset(member.param.shape))
-        keep = None if keep is None else keep[matrices]
-        apply_update(weight, left[matrices, rows], right[matrices], None, keep, rounding)
+        keep, extra = (None if t is None else t[own] for t, own in ((keep, matrices), (extra, (matrices, rows))))
+        apply_update(weight, left[matrices, rows], right[matrices], extra, keep, rounding)
         if weight.data_ptr() != held.data_ptr():
             held.copy_(weight.view(held.shape))
 

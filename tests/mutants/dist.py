@@ -48,6 +48,13 @@ MUTANTS = [
         FSDP + "test_stochastic_rounding_does_not_depend_on_the_sharding",
     ),
     Mutant(
+        "a shard gets the first rows of the complement",
+        "factored.py",
+        "(extra, (matrices, rows))",
+        "(extra, (matrices, slice(0, rows.stop - rows.start)))",
+        FSDP + "test_the_complement_is_of_the_gathered_gradient",
+    ),
+    Mutant(
         "AdamW's norms are those of a rank's shards",
         "exchange.py",
         "ranks.sum([*tensors, *present, *squares])",

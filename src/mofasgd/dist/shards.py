@@ -79,13 +79,13 @@ def part_of(param: Tensor) -> Part | None:
 
 
 def group_of(params: Iterable[Tensor]) -> distributed.ProcessGroup | None:
-    """Return the ranks that share the DTensors among `params`; None if there are none or one rank holds them all.
+    """Return the ranks that share the DTensors among `params`; None if there are none, or there is one process.
 
     Raises:
         ValueError: if they lie on different sets of ranks.
     """
     meshes = list(dict.fromkeys(p.device_mesh for p in params if is_sharded(p)))  # type: ignore[attr-defined]
-    if not meshes or meshes[0].size() == 1:
+    if not meshes or distributed.get_world_size() == 1:
         return None
     if any(not torch.equal(mesh.mesh.flatten(), meshes[0].mesh.flatten()) for mesh in meshes[1:]):
         raise ValueError(f"parameters lie on different meshes ({meshes[0]}, {meshes[1]}): shard the model on one mesh")
