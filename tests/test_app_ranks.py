@@ -1,5 +1,6 @@
 """Several ranks train what one process does, agree on every end, and lose nothing by one that is killed."""
 
+import dataclasses
 import io
 import os
 import random
@@ -15,7 +16,7 @@ import torch
 from app_common import final_weights, metrics, run_quietly, tiny, write_config
 from ranks_case import together
 
-from mofasgd.app import checkpoint
+from mofasgd.app import checkpoint, trainer
 from mofasgd.app.baselines import METHODS
 from mofasgd.app.compare import compare
 from mofasgd.app.config import CompareConfig, OptimizerConfig
@@ -41,13 +42,13 @@ def trained(ranks, configs):
     """Return the windows of the first step, and weights and validation loss after three steps, by name."""
     results = {}
     for name, config in configs.items():
-        trainer = Trainer(config, ranks)
-        trainer.connect()
-        windows = trainer._batch().tolist()
+        one = Trainer(config, ranks)
+        one.connect()
+        windows = one._batch().tolist()
         for _ in range(3):
-            trainer.train_step()
-        weights = {key: value.float().numpy().copy() for key, value in trainer.model.state_dict().items()}
-        results[name] = windows, weights, trainer.evaluate()
+            one.train_step()
+        weights = {key: value.float().numpy().copy() for key, value in one.model.state_dict().items()}
+        results[name] = windows, weights, one.evaluate()
     return results
 
 
@@ -143,8 +144,15 @@ def broken(ranks, config, where, rank):
     if ranks.rank == rank and where == "data":
         batch = Trainer._batch
         Trainer._batch = lambda self: batch(self) if self.step < 3 else fail()
-    elif ranks.rank == rank and where == "start":
-        config.data.train = [f"{config.data.train[0]}.gone"]
+    elif ranks.rank == rank and where == "settings":
+        config.log_every = 5
+    elif ranks.rank == rank and where == "device":
+        trainer.choose_device = fail
+    elif ranks.rank == rank and where == "load":
+        trainer.load = fail
+    elif ranks.rank == rank and where == "other data":
+        corpus, validation = trainer.load(config.data)
+        trainer.load = lambda data: (dataclasses.replace(corpus, fingerprint="other"), validation)
     elif ranks.rank == rank and where == "save":
         checkpoint.save = fail
     elif ranks.rank == rank and where == "evaluation":
@@ -157,7 +165,11 @@ def broken(ranks, config, where, rank):
     ("where", "rank", "message"),
     [
         ("data", 1, r"rank 1: no such disk. Step 3 is saved; when that is mended: torchrun"),
-        ("start", 1, r"rank 1: data.train=.*text.txt.gone: there is no such file"),
+        ("settings", 1, r"rank 1 was started with log_every=5, rank 0 with 2: give all the same"),
+        ("device", 1, r"rank 1: no such disk"),
+        ("load", 0, r"no such disk"),
+        ("load", 1, r"rank 1: no such disk"),
+        ("other data", 1, r"rank 1 has other data than rank 0 \(the checksums differ\)"),
         ("save", 0, r"step 8 could not be saved \(no such disk\); there is no checkpoint yet"),
         ("evaluation", 1, r"rank 1: no such disk. Step 4 is saved"),
     ],
@@ -165,7 +177,7 @@ def broken(ranks, config, where, rank):
 def test_an_error_of_one_rank_ends_all_with_it(tmp_path, where, rank, message):
     outcomes = together(broken, tiny(tmp_path), where, rank)
     for outcome in outcomes:
-        assert type(outcome) in (Stopped, ValueError)
+        assert type(outcome) in (Stopped, ValueError, OSError)
         assert re.match(message, str(outcome))
 
 

@@ -180,4 +180,18 @@ MUTANTS = [
         "apart = 0.0",
         "test_app_ranks.py::test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_bit_for_bit",
     ),
+    Mutant(
+        "ranks with other settings train together",
+        "app/run.py",
+        "    _check_alike(config, ranks)\n",
+        "",
+        "test_app_ranks.py::test_an_error_of_one_rank_ends_all_with_it",
+    ),
+    Mutant(
+        "ranks with other data train together",
+        "app/trainer.py",
+        "        self._check_data_alike()\n",
+        "",
+        "test_app_ranks.py::test_an_error_of_one_rank_ends_all_with_it",
+    ),
 ]

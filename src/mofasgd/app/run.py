@@ -17,7 +17,7 @@ from mofasgd.app.config import PretrainConfig
 from mofasgd.app.display import Display
 from mofasgd.app.errors import Diverged, Lost, Stopped
 from mofasgd.app.files import locked, read_json
-from mofasgd.app.identity import check_same_run, identity
+from mofasgd.app.identity import check_same_run, flat, identity, plain
 from mofasgd.app.journal import Journal
 from mofasgd.app.ranks import Ranks, lost, started
 from mofasgd.app.signals import catch_signals
@@ -233,6 +233,17 @@ def _finished(config: PretrainConfig) -> dict[str, Any] | None:
     return result
 
 
+def _check_alike(config: PretrainConfig, ranks: Ranks) -> None:
+    """Raise ValueError if the ranks were started with different settings: each machine has flags of its own."""
+    first, *others = ranks.gather(dict(flat(plain(config))))
+    for rank, other in enumerate(others, 1):
+        for key, value in other.items():
+            if value != first[key]:
+                raise ValueError(
+                    f"rank {rank} was started with {key}={value!r}, rank 0 with {first[key]!r}: give all the same"
+                )
+
+
 def train(config: PretrainConfig, display: Display, ranks: Ranks | None = None) -> dict[str, Any]:
     """Run `config` to its end and return the result (also in run.json): losses, MB of state, ms per step.
 
@@ -246,6 +257,7 @@ def train(config: PretrainConfig, display: Display, ranks: Ranks | None = None) 
         Stopped: when the run ended early; what was reached is saved if it can be.
     """
     ranks = ranks or Ranks()
+    _check_alike(config, ranks)
     result = ranks.from_lead(lambda: _finished(config))
     if result is not None:
         display.note(f"{config.out} has already taken its {config.steps} steps")

@@ -88,13 +88,14 @@ class Trainer:
     def __init__(self, config: PretrainConfig, ranks: Ranks | None = None) -> None:
         self.config, self.step = config, 0
         self.ranks = ranks or Ranks()
-        self.device = choose_device(config.device, ranks)
         self.share, self.micro_batch_size = _parts(config, self.ranks.world)
+        self.device = self.ranks.together(lambda: choose_device(config.device, ranks))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         # Tokenized text is cached: one process a machine has to make it.
         corpus, self.validation = self.ranks.lead_first(lambda: load(config.data))
         self.fingerprint, self.train_tokens = corpus.fingerprint, corpus.tokens
+        self._check_data_alike()
         self.vocab_size = _vocabulary(config.model.vocab_size, corpus.vocab_size)
         for shard in [*corpus.shards, *self.validation]:
             # What can be wrong is mostly wrong from the start on; each batch is checked as well.
@@ -121,6 +122,15 @@ class Trainer:
         self._compile()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _check_data_alike(self) -> None:
+        """Raise ValueError if some machine has other data."""
+        first, *others = self.ranks.gather(self.fingerprint)
+        for rank, other in enumerate(others, 1):
+            if other != first:
+                raise ValueError(
+                    f"rank {rank} has other data than rank 0 (the checksums differ): give all machines the same"
+                )
 
     def _compile(self) -> None:
         if self.config.compile:
