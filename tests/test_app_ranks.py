@@ -330,7 +330,7 @@ def test_a_second_signal_acts_at_once():
 
 @pytest.mark.slow
 def test_ctrl_c_in_a_terminal_saves(tmp_path):
-    options = {"steps": 20_000, "log_every": 1}
+    options = {"steps": 400, "log_every": 1}
     config = tiny(tmp_path, gpus=2, **options)
     path = write_config(config, tmp_path / "config.yaml")
     command = [sys.executable, "-m", "mofasgd.cli", "pretrain", "--config", str(path)]
@@ -343,6 +343,12 @@ def test_ctrl_c_in_a_terminal_saves(tmp_path):
     assert error.count("\n") == 1, error
     step = int(re.search(r"SIGINT at step (\d+): saved", error)[1])
     assert checkpoint.load(tmp_path / "run" / "checkpoints")["step"] == step
+    process = launch(tiny(tmp_path, gpus=2, resume=True, **options), tmp_path, "mofasgd.cli")
+    out, error = process.communicate(timeout=120)
+    assert (process.returncode, error) == (0, "")
+    assert out.startswith(f"resumed at step {step}\n")
+    together(run_ranks, tiny(tmp_path, out=tmp_path / "whole", **options))
+    assert equal(final_weights(tmp_path / "whole"), final_weights(tmp_path / "run"))
 
 
 @pytest.mark.slow
