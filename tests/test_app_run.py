@@ -12,10 +12,14 @@ import pytest
 import torch
 import yaml
 from app_common import final_weights, metrics, run_quietly, tiny, unfinish, write_config
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from mofasgd.app import checkpoint
 from mofasgd.app.baselines import METHODS
+from mofasgd.app.config import ExportConfig
 from mofasgd.app.errors import Diverged, Stopped
+from mofasgd.app.export import export
 from mofasgd.app.identity import plain
 from mofasgd.app.trainer import Trainer
 
@@ -207,8 +211,10 @@ def test_a_checkpoint_holds_the_random_state(tmp_path):
     trainer = Trainer(tiny(tmp_path))
     content = trainer.state() | {"step": 0}
     drawn = torch.rand(3)
-    trainer.restore(content)
-    assert torch.equal(torch.rand(3), drawn)
+    # The second as it was written before there were ranks.
+    for states in (content["rng"], content["rng"][0]):
+        trainer.restore(content | {"rng": states})
+        assert torch.equal(torch.rand(3), drawn)
 
 
 def test_memory_is_recorded_between_the_steps_that_are_named(tmp_path, monkeypatch):
@@ -288,6 +294,22 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003.pt"]
     run_quietly(tiny(tmp_path, resume=True))
     assert equal(final_weights(tmp_path / "whole"), final_weights(tmp_path / "run"))
+
+
+def test_weights_are_exported_as_they_are(tmp_path, capsys):
+    with pytest.raises(ValueError, match="has no checkpoint: correct --out"):
+        export(ExportConfig(out=tmp_path / "run"))
+    run_quietly(tiny(tmp_path, precision="bf16-true", checkpoint_every=3))
+    export(ExportConfig(out=tmp_path / "run"))
+    assert capsys.readouterr().out.endswith("weights of step 8\n")
+    path = tmp_path / "run" / "model.safetensors"
+    weights = load_file(path)
+    assert equal(weights, final_weights(tmp_path / "run"))
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    assert about["step"] == "8"
+    assert json.loads(about["mofasgd"])["model.width"] == 16
 
 
 def test_divergence_ends_the_run_and_says_what_to_lower(tmp_path):

@@ -297,8 +297,14 @@ class FactoredOptimizer(Optimizer):
             return ((U * s[..., None, :]) @ V.mT).reshape(param.shape)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's state_dict and `nonfinite_steps`, an int. Tensors and numbers only."""
-        return {**super().state_dict(), "nonfinite_steps": self.nonfinite_steps}
+        """Return torch's state_dict and `nonfinite_steps`, an int. Tensors and numbers only.
+
+        The count is in the groups as well: `torch.distributed.checkpoint` keeps nothing else but them and the state.
+        """
+        count = self.nonfinite_steps
+        for group in self.param_groups:
+            group["nonfinite_steps"] = count
+        return {**super().state_dict(), "nonfinite_steps": count}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a copy of a state_dict; floating state stays in `state_dtype`, whatever the dtype of the weights.
@@ -310,9 +316,10 @@ class FactoredOptimizer(Optimizer):
             for group in state_dict.get("param_groups", []):
                 if group.get("algorithm") == "mofasgd":
                     self._refuse_full_gradient(group)
-        nonfinite = int(state_dict.get("nonfinite_steps", 0)) if isinstance(state_dict, dict) else 0
         with restored(self, self.state_dtype):
             super().load_state_dict(state_dict)
+        in_groups = max(group.get("nonfinite_steps", 0) for group in self.param_groups)
+        nonfinite = int(state_dict.get("nonfinite_steps", in_groups))
         self._met = False
         self._nonfinite = self._reported = nonfinite
         self._pending = None

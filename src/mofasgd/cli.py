@@ -15,7 +15,8 @@ from mofasgd.app.errors import Stopped
 from mofasgd.options import did_you_mean
 
 COMMANDS = {
-    "pretrain": "mofasgd.app.run:pretrain",
+    "pretrain": "mofasgd.app.pretrain:pretrain",
+    "export": "mofasgd.app.export:export",
     "compare": "mofasgd.app.compare:compare",
     "finetune": "mofasgd.app.tune.commands:finetune",
     "glue": "mofasgd.app.tune.commands:glue",

@@ -38,7 +38,7 @@ FACTORED_KEYS = (
 ADAMW_KEYS = ("lr", "betas", "eps", "weight_decay")
 # Written into groups by torch's schedulers and by logging callbacks; they change nothing here.
 _FOREIGN_KEYS = (
-    *("params", "param_names", "algorithm", "name"),
+    *("params", "param_names", "algorithm", "name", "nonfinite_steps"),
     *("initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"),
 )
 

@@ -221,4 +221,11 @@ MUTANTS = [
         "real = torch.ones_like(s).double()\n",
         "test_robustness.py::test_rank_one_gradients_in_new_directions_move_their_span_only_whatever_their_scale",
     ),
+    Mutant(
+        "the count of skipped steps left out of distributed checkpoints",
+        "base.py",
+        'group["nonfinite_steps"] = count',
+        "pass",
+        "test_dist_checkpoint.py::test_the_count_of_skipped_steps_is_kept",
+    ),
 ]

@@ -58,8 +58,8 @@ MUTANTS = [
     Mutant(
         "a recording is lost when the run fails",
         "app/run.py",
-        "        self._stop_recording()\n        for sink in self.sinks:",
-        "        for sink in self.sinks:",
+        "        self._stop_recording()\n        if self.journal is not None:",
+        "        if self.journal is not None:",
         "test_app_run.py::test_memory_is_recorded_between_the_steps_that_are_named",
     ),
     Mutant(

@@ -19,6 +19,7 @@ from mofasgd.app.display import Display
 from mofasgd.app.errors import Diverged, Stopped
 from mofasgd.app.files import locked, read_json, write_json
 from mofasgd.app.identity import digest, plain
+from mofasgd.app.ranks import started
 from mofasgd.app.report import by_loss, draw, reading, table
 from mofasgd.app.run import train
 
@@ -46,7 +47,7 @@ def check(config: CompareConfig) -> None:
         if label not in config.methods:
             raise ValueError(f"lrs has the label {label!r}, which methods does not: {', '.join(config.methods)}")
     neutral = PretrainConfig()
-    for key in ("out", "seed", "resume", "optimizer"):
+    for key in ("out", "seed", "resume", "optimizer", "gpus"):
         if getattr(config.base, key) != getattr(neutral, key):
             raise ValueError(f"base.{key} has no effect: use out, seeds, methods and lrs of the comparison")
     for label, optimizer in config.methods.items():
@@ -177,6 +178,8 @@ def _measure(config: CompareConfig, results: Results) -> list[dict[str, Any]]:
 def compare(config: CompareConfig) -> None:
     """Train the same model on the same tokens with several optimizers; report a table and a picture."""
     check(config)
+    if started():
+        raise ValueError("compare is one process: start it without torchrun (jobs=N makes N runs at a time)")
     with locked(config.out, "out"):
         results = Results(config)
         try:

@@ -143,9 +143,9 @@ class PretrainConfig:
     steps: int = 300
     """optimizer steps"""
     batch_size: int = 32
-    """sequences per step"""
+    """sequences per step, of all ranks together"""
     micro_batch_size: int = 0
-    """sequences per forward and backward; gradients are summed over a step; 0: batch_size"""
+    """sequences per forward and backward of a rank; gradients are summed over a step; 0: all that it has"""
     warmup: float = 0.05
     """first share of the steps, over which every learning rate grows linearly from 0"""
     cooldown: float = 0.4
@@ -154,6 +154,8 @@ class PretrainConfig:
     """of weights, order of the data and rounding"""
     device: str = "auto"
     """auto (a GPU if there is one), or as in torch.device"""
+    gpus: int = 1
+    """GPUs of this machine to train on, a process each (docs/torchrun.md); with device=cpu: processes"""
     precision: Precision = "auto"
     """auto: bf16-mixed on a GPU (float32 weights, bfloat16 products), else float32; bf16-true: bfloat16 weights"""
     compile: bool = False
@@ -181,7 +183,7 @@ class PretrainConfig:
     """go on with the run in the run folder, from its newest checkpoint"""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "eval_every", "log_every", "keep_checkpoints"):
+        for name in ("steps", "batch_size", "eval_every", "log_every", "keep_checkpoints", "gpus"):
             check_whole(name, getattr(self, name), 1)
         if self.seed >= 2**63:
             raise ValueError(f"seed={self.seed} should be below 2^63")
@@ -200,6 +202,16 @@ class PretrainConfig:
                 raise ValueError(f"memory_history={begin},{end} ends after the last step, steps={self.steps}: lower it")
         if self.warmup + self.cooldown > 1:
             raise ValueError(f"warmup={self.warmup:g} and cooldown={self.cooldown:g} overlap: lower one of them")
+
+
+@dataclass
+class ExportConfig:
+    """Write the weights of a run as a safetensors file."""
+
+    out: Path = Path("runs/pretrain")
+    """run folder of `mofasgd pretrain`, whose newest checkpoint is read"""
+    to: Path | None = None
+    """file to write; none: model.safetensors in the run folder"""
 
 
 @dataclass

@@ -7,3 +7,7 @@ class Stopped(Exception):
 
 class Diverged(Stopped):
     """The loss is not finite."""
+
+
+class Lost(Stopped):
+    """Another process of the run is gone."""

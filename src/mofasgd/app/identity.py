@@ -13,10 +13,10 @@ from mofasgd.app.baselines import resolve
 from mofasgd.app.config import PretrainConfig
 
 _FREE = {
-    *("out", "resume", "eval_every", "log_every", "tensorboard", "wandb"),
+    *("out", "resume", "eval_every", "log_every", "tensorboard", "wandb", "gpus"),
     *("checkpoint_every", "keep_checkpoints", "save_last", "data.cache", "memory_history"),
 }
-"""Without influence on weights and final loss."""
+"""Without influence on weights and final loss (the number of ranks: up to rounding; a resumed run tells of it)."""
 
 _BY_CONTENT = {"data.train", "data.validation", "data.tokenizer"}
 """Paths, whose content the data's checksum covers."""
@@ -39,10 +39,11 @@ def plain(config: Any) -> dict[str, Any]:
     return converted
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of a configuration as `plain` returns it."""
     for key, value in config.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
@@ -52,7 +53,7 @@ def identity(config: PretrainConfig) -> dict[str, Any]:
     content = plain(config)
     settings = {"name": config.optimizer.name, **resolve(config.optimizer)}
     content["optimizer"] = json.loads(json.dumps(settings))
-    return {key: value for key, value in _flat(content) if key not in _FREE | _BY_CONTENT}
+    return {key: value for key, value in flat(content) if key not in _FREE | _BY_CONTENT}
 
 
 def digest(config: PretrainConfig) -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mofasgd.app.baselines import build, state_bytes
 from mofasgd.app.config import PretrainConfig
 from mofasgd.app.data import Windows, check_vocabulary, evaluation_batches, load
 from mofasgd.app.model import GPT, token_loss
+from mofasgd.app.ranks import Ranks
 from mofasgd.app.schedule import apply_schedule, lr_multiplier
 from mofasgd.app.usage import peak_megabytes
 from mofasgd.attach import Handle
@@ -21,10 +25,18 @@ SAMPLE = 2**20
 """Tokens of every shard that are checked before the first step."""
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device; "auto" is a GPU if there is one."""
+def choose_device(name: str, ranks: Ranks | None = None) -> torch.device:
+    """Return the device; "auto" is a GPU if there is one, among several ranks each its own."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks is not None and ranks.world > 1 and name != "cpu":
+        if name != "cuda":
+            raise ValueError(f"device={name!r} would be every rank's: use device=auto, cuda or cpu with several ranks")
+        if ranks.local_world > torch.cuda.device_count():
+            raise ValueError(
+                f"{ranks.local_world} ranks need as many GPUs: this machine has {torch.cuda.device_count()}"
+            )
+        name = f"cuda:{ranks.local_rank}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -45,21 +57,45 @@ def _vocabulary(asked: int, known: int) -> int:
     return asked or -(-known // 64) * 64
 
 
+def _parts(config: PretrainConfig, world: int) -> tuple[int, int]:
+    """Return the sequences of a step that each of `world` ranks takes, and those of one forward and backward."""
+    share, rest = divmod(config.batch_size, world)
+    if rest:
+        raise ValueError(f"batch_size={config.batch_size} cannot be shared by {world} ranks: make it a multiple")
+    micro = min(config.micro_batch_size or share, share)
+    if share % micro:
+        raise ValueError(
+            f"batch_size={config.batch_size} is {share} sequences for each of {world} ranks, no multiple of "
+            f"micro_batch_size={micro}"
+        )
+    return share, micro
+
+
 class Trainer:
     """One run's model, optimizers and data.
 
+    Among several ranks each takes an equal part of every batch, so that the data position is one number and the same
+    for any number of them.
+
     Attributes:
         step: optimizer steps done; the data position is step * batch_size windows.
+        share: sequences of a step that are this rank's.
         settings: of the optimizer, defaults filled in.
         gradient_bytes: held between backward and step, sketches included; known after the last step.
         fingerprint: of the data.
     """
 
-    def __init__(self, config: PretrainConfig) -> None:
+    def __init__(self, config: PretrainConfig, ranks: Ranks | None = None) -> None:
         self.config, self.step = config, 0
-        self.device = choose_device(config.device)
-        corpus, self.validation = load(config.data)
+        self.ranks = ranks or Ranks()
+        self.share, self.micro_batch_size = _parts(config, self.ranks.world)
+        self.device = self.ranks.together(lambda: choose_device(config.device, ranks))
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        # Tokenized text is cached: one process a machine has to make it.
+        corpus, self.validation = self.ranks.lead_first(lambda: load(config.data))
         self.fingerprint, self.train_tokens = corpus.fingerprint, corpus.tokens
+        self._check_data_alike()
         self.vocab_size = _vocabulary(config.model.vocab_size, corpus.vocab_size)
         for shard in [*corpus.shards, *self.validation]:
             # What can be wrong is mostly wrong from the start on; each batch is checked as well.
@@ -83,12 +119,35 @@ class Trainer:
         if self.settings.get("attach", "none") != "none":
             self._attach(self.settings["attach"])
         self.forward: nn.Module = self.model
-        if config.compile:
-            # Many runs in one process would reach the limit of recompilations and go on without it.
-            torch.compiler.reset()
-            self.forward = torch.compile(self.model)  # type: ignore[assignment]
+        self._compile()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _check_data_alike(self) -> None:
+        """Raise ValueError if some machine has other data."""
+        first, *others = self.ranks.gather(self.fingerprint)
+        for rank, other in enumerate(others, 1):
+            if other != first:
+                raise ValueError(
+                    f"rank {rank} has other data than rank 0 (the checksums differ): give all machines the same"
+                )
+
+    def _compile(self) -> None:
+        if self.config.compile:
+            # Many runs in one process would reach the limit of recompilations and go on without it.
+            torch.compiler.reset()
+            self.forward = torch.compile(self.forward)  # type: ignore[assignment]
+
+    def connect(self) -> None:
+        """Let the gradients of all ranks be averaged; collective, once every rank has come so far."""
+        if self.ranks.world > 1:
+            # Every rank has made the same buffers. torch 2.13 has another name for it, which 2.11 does not know.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                self.forward = DistributedDataParallel(
+                    self.model, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
+            self._compile()
 
     def _attach(self, mode: str) -> None:
         """Keep gradients out of memory; `mode` as in `OptimizerConfig.attach`."""
@@ -114,6 +173,13 @@ class Trainer:
         sketches = 0 if self.handle is None else self.handle.nbytes
         return sketches + sum(grad.numel() * grad.element_size() for grad in grads)
 
+    def _unsynced(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Leave the gradients of all micro-batches but the last one to be averaged with it."""
+        parallel = getattr(self.forward, "_orig_mod", self.forward)
+        if last or not isinstance(parallel, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return parallel.no_sync()
+
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision != "bf16-mixed":
             return contextlib.nullcontext()
@@ -125,19 +191,27 @@ class Trainer:
             windows = windows.pin_memory()
         return windows.to(self.device, non_blocking=True)
 
+    def _batch(self) -> Tensor:
+        """Return this rank's part of the step's windows."""
+        position = self.step * self.config.batch_size + self.ranks.rank * self.share
+        return self._to_device(self.windows.batch(position, self.share))
+
     def train_step(self) -> Tensor:
-        """Take one optimizer step; return the mean loss per token before it, 0-dim on the device."""
+        """Take one optimizer step; return this rank's mean loss per token before it, 0-dim on the device."""
         config = self.config
         multiplier = lr_multiplier(self.step, config.steps, config.warmup, config.cooldown)
         apply_schedule(self.optimizers, self.settings, multiplier, self.step)
-        windows = self._to_device(self.windows.batch(self.step * config.batch_size, config.batch_size))
-        # By the tokens of the whole step: the result does not depend on the micro-batches.
+        windows = self.ranks.together(self._batch)
+        # By the tokens of the rank's whole step: the result does not depend on the micro-batches, and the ranks' mean,
+        # which their gradients are averaged to, is that over all tokens.
         tokens = windows[:, 1:].numel()
         total = torch.zeros((), device=self.device)
-        for micro in torch.split(windows, config.micro_batch_size or config.batch_size):
-            with self._autocast():
-                loss, _ = token_loss(self.forward, micro)
-            (loss / tokens * self.settings.get("gradient_scale", 1.0)).backward()
+        micros = torch.split(windows, self.micro_batch_size)
+        for number, micro in enumerate(micros, 1):
+            with self._unsynced(number == len(micros)):
+                with self._autocast():
+                    loss, _ = token_loss(self.forward, micro)
+                (loss / tokens * self.settings.get("gradient_scale", 1.0)).backward()
             total += loss.detach()
         if self.step + 1 == config.steps:
             self.gradient_bytes = self._held()
@@ -150,29 +224,34 @@ class Trainer:
         self.step += 1
         return total / tokens
 
-    @torch.no_grad()
     def evaluate(self) -> float:
-        """Return the validation loss in nats per token."""
-        config = self.config
-        size = config.micro_batch_size or config.batch_size
+        """Return the validation loss in nats per token; each rank evaluates its part of the batches."""
+        loss, count = self.ranks.total(*self.ranks.together(self._evaluate_part))
+        return loss / count
+
+    @torch.no_grad()
+    def _evaluate_part(self) -> tuple[float, int]:
+        """Return the summed loss of this rank's validation batches and their tokens."""
+        config, ranks = self.config, self.ranks
+        batches = evaluation_batches(self.validation, config.data.context, self.micro_batch_size, config.eval_tokens)
         # Summed on the host: not every device has float64.
         loss, count = 0.0, 0
-        for windows in evaluation_batches(self.validation, config.data.context, size, config.eval_tokens):
+        for windows in islice(batches, ranks.rank, None, ranks.world):
             with self._autocast():
                 batch_loss, batch_count = token_loss(self.forward, self._to_device(windows))
             loss += float(batch_loss)
             count += int(batch_count)
-        return loss / count
+        return loss, count
 
     def state(self) -> dict[str, Any]:
-        """Return all that a run needs to go on, tensors and plain values only."""
+        """Return all that a run needs to go on, tensors and plain values only; collective."""
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         return {
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "rng": rng,
+            "rng": self.ranks.gather(rng),
             "data": {"fingerprint": self.fingerprint, "windows": self.step * self.config.batch_size},
         }
 
@@ -190,9 +269,12 @@ class Trainer:
         self.model.load_state_dict(content["model"])
         for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        torch.set_rng_state(content["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in content["rng"]:
-            torch.cuda.set_rng_state(content["rng"]["cuda"], self.device)
+        states = content["rng"] if isinstance(content["rng"], list) else [content["rng"]]  # one before there were ranks
+        # Nothing of the training draws from torch's generators: a rank that was not there may take any.
+        rng = states[self.ranks.rank % len(states)]
+        torch.set_rng_state(rng["cpu"])
+        if self.device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"], self.device)
         self.step = content["step"]
 
     def state_megabytes(self) -> float:

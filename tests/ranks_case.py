@@ -1,0 +1,56 @@
+"""Ranks that start in no time: copies of a process that has imported everything, joined over gloo."""
+
+import os
+import socket
+from multiprocessing import get_context
+
+import torch
+
+from mofasgd.app.ranks import joined
+
+# Not copies of the test's own process: autograd does not survive that where a GPU has been used.
+_CONTEXT = get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "mofasgd.app.pretrain"]
+)
+
+
+def _rank(rank, world, port, pipe, work, args):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        with joined("cpu") as ranks:
+            pipe.send(work(ranks, *args))
+    except Exception as error:
+        pipe.send(error)
+        # Without waiting for the others.
+        os._exit(1)
+
+
+def together(work, *args, world=2):
+    """Return what `work(ranks, *args)` returns or raises in each of `world` ranks, or a negative signal's number.
+
+    Work and arguments are pickled: functions of a module.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes, pipes, outcomes = [], [], []
+    for rank in range(world):
+        pipe, end = _CONTEXT.Pipe(duplex=False)
+        processes.append(_CONTEXT.Process(target=_rank, args=(rank, world, port, end, work, args), daemon=True))
+        processes[-1].start()
+        end.close()
+        pipes.append(pipe)
+    for process, pipe in zip(processes, pipes, strict=True):
+        try:
+            outcomes.append(pipe.recv() if pipe.poll(240) else "hung")
+            process.join(60)
+        except EOFError:
+            process.join(60)
+            outcomes.append(process.exitcode)
+        if process.exitcode is None:
+            process.kill()
+            outcomes[-1] = f"hung after {outcomes[-1]!r}"
+    return outcomes
