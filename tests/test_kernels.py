@@ -124,7 +124,7 @@ def test_rotated_rows_are_orthogonal_and_keep_the_singular_values(size):
     # Float32 leaves every row an error of the largest one's rounding, so two meet at an angle by the longer of them.
     longer = torch.maximum(lengths[:, :, None], lengths[:, None, :])
     inner = ((rows @ rows.mT) / (expected[:, :1, None] * longer).clamp(min=1e-30))[:2]
-    assert (inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))).abs().max() <= 1e-5
+    assert (inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))).abs().max() <= 1e-6 + 1e-7 * size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
