@@ -76,7 +76,12 @@ def exchange(
     averaged = set(handle.averaged) if handle is not None and ranks is not None else set()
     # After a step that failed they have been summed already.
     sums = [window for window in windows.values() if not window.shared]
-    tensors = [] if ranks is None else [t for window in sums for t in window.share(ranks.size)]
+    tensors: list[Tensor] = []
+    if ranks is not None:
+        shared = [window.share(ranks.size) for window in sums]
+        tensors = [tensor for some, _ in shared for tensor in some]
+        if divided := [tensor for some, divide in shared if divide for tensor in some]:
+            torch._foreach_div_(divided, ranks.size)
     plain: dict[Tensor, Plain] = {}
     means, flags, sharded = [], [], []
     for param in adamw:

@@ -307,7 +307,7 @@ class MoFaSGD(FactoredOptimizer):
             ranks.sum([param.grad.div_(ranks.size)])
             return None
         window = self._handle.sum(param)
-        ranks.sum(window.share(ranks.size))
+        ranks.sum(window.share(ranks.size)[0])
         return window
 
     def __getstate__(self) -> dict[str, Any]:

@@ -106,7 +106,7 @@ MUTANTS = [
     Mutant(
         "a step in backward is by this rank's gradient",
         "optimizer.py",
-        "        ranks.sum(window.share(ranks.size))\n",
+        "        ranks.sum(window.share(ranks.size)[0])\n",
         "        window.share(1)\n",
         DDP + "test_a_step_in_backward_sums_its_sketches_there",
     ),

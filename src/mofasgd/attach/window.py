@@ -235,16 +235,20 @@ class Window:
             self._start = tuple(like.new_zeros(count, *size) for size in sizes)
         return self._start
 
-    def share(self, ranks: int) -> list[Tensor]:
-        """Return the tensors whose sum over `ranks` ranks, in place, makes this window that of their mean gradient.
+    def share(self, ranks: int) -> tuple[list[Tensor], bool]:
+        """Return tensors whose sum over `ranks` ranks, in place, makes this window that of their mean gradient.
 
-        A rank to which nothing came gives zeros. What layers have sketched is of this rank's batch; the rows of a
-        sharded gradient have been averaged before, and those of a whole one have not.
+        And whether they are to be divided by `ranks` before: what hundreds of windows need is divided at once. A rank
+        to which nothing came gives zeros. What layers have sketched is of this rank's batch; the rows of a sharded
+        gradient have been averaged before, and those of a whole one have not.
         """
         self.shared = True
         of_tensors = ranks if self.part is None else self.part.replicas
         probed, batch = self._probed(), self.first.shape.batch
         held = [*(self._sketches or ()), *(self._start or ())]
+        if probed is not None and not held:
+            self._take(probed)
+            return list(probed), True
         if of_tensors > 1 and held:
             torch._foreach_div_(held, of_tensors)
         sums = [*(self._sums() if len(self.pending) < batch else ()), *(self._start_sums() if self.pending else ())]
@@ -252,7 +256,16 @@ class Window:
             torch._foreach_add_(sums, list(probed), alpha=1 / ranks)
             for probe in self.probes or ():
                 probe.grad = None
-        return sums
+        return sums, False
+
+    def _take(self, probed: Pair) -> None:
+        """Hold what layers have sketched as this window's own sums."""
+        if self.pending:
+            self._start = probed
+        else:
+            self._sketches = probed
+        for probe in self.probes or ():
+            probe.grad = None
 
     def sketches(self, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sums of (G V, G' U); zeros where no matrix has a momentum. U and V are those of the state."""
@@ -264,8 +277,11 @@ class Window:
 
     def ready(self) -> tuple[Tensor, Tensor] | None:
         """Return what layers have sketched, (m, r) and (n, r), if that is all there is."""
-        if self.pending or self._sketches is not None or self.probes is None:
+        if self.pending or self.probes is None or self.first.shape.batch > 1:
             return None
+        if self._sketches is not None:
+            # Nothing is added to what ranks have shared.
+            return (self._sketches[0][0], self._sketches[1][0]) if self.shared else None
         right, left = self.probes[0].grad, self.probes[1].grad
         return None if right is None or left is None else (right, left)
 
