@@ -56,7 +56,9 @@ class Start(Update):
         scale = power_of_two(*joined)
         self.first = first_factors(self.context.solver, firsts, [t / scale for t in joined])
         self.s = self.first.s.double() * scale[..., 0]
-        self.found = finite, nonzero, self.s.square().sum(dim=-1)
+        squares = self.s.square().sum(dim=-1)
+        # A factorization that failed is no number either, and would spoil the norm of all.
+        self.found = finite & (squares < torch.inf), nonzero, squares
 
     def observe(self) -> None:
         """Set `finite`, `active` and `square_norms` by the sketches."""
