@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -172,7 +173,10 @@ def joined(device: str) -> Iterator[Ranks]:
     store, rank, world = next(iter(rendezvous("env://")))
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     yield Ranks(rank, world, local_rank, local_world, store)
-    # Not after an error: with a rank gone this would wait for it.
+    # Not after an error: with a rank gone this would wait for it. Models and optimizers that still hold the group would
+    # take its threads along to the end of the interpreter, which aborts the process if one of them is at work.
+    dist.barrier()
+    gc.collect()
     dist.destroy_process_group()
 
 
