@@ -6,7 +6,7 @@ import gc
 from contextlib import nullcontext
 
 import torch
-from dist_case import loss_of, net, optimizer, outcome, train
+from dist_case import WIDTH, loss_of, net, optimizer, outcome, train
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -81,20 +81,48 @@ def bytes_of_late_steps(rank):
     return opt.traffic.bytes - before, formula, adamw
 
 
-def drifted(rank):
-    """Rank 1's momentum, weight and clock are changed by hand; every second step compares."""
+def drifted(rank, wrap=False):
+    """Rank 1's momentum and weights are changed by hand; every second step compares."""
     model = net()
     opt = optimizer(model)
     opt.attach(model, check_every=2)
-    train(model, opt, 2, rank)
+    called = DDP(model) if wrap else model
+    train(model, opt, 2, rank, called=called)
     if rank == 1:
-        opt.state[model.raw]["V"].add_(1e-3)
+        if not wrap:
+            opt.state[model.raw]["V"].add_(1e-3)
         with torch.no_grad():
-            model.up.weight.add_(1e-3)
-    train(model, opt, 2, rank)
+            (model.norm if wrap else model.up).weight.add_(1e-3)
+    train(model, opt, 2, rank, called=called)
     found = outcome(model, opt, [])
-    train(model, opt, 2, rank)
+    train(model, opt, 2, rank, called=called)
     return found, outcome(model, opt, [])
+
+
+def added_later(rank):
+    """Each rank draws weights of its own for parameters that join after two steps."""
+    model = net()
+    opt = optimizer(model)
+    opt.attach(model)
+    norms = train(model, opt, 2, rank)
+    torch.manual_seed(rank)
+    model.more = nn.Linear(WIDTH, WIDTH)
+    model.norm.register_forward_hook(lambda norm, args, x: x + model.more(x))
+    opt.add_param_group({"params": [model.more.weight], "rank": 2})
+    opt.add_param_group({"params": [model.more.bias], "algorithm": "adamw", "lr": 1e-3})
+    return outcome(model, opt, norms + train(model, opt, 2, rank, first=2))
+
+
+def unfrozen_without_a_batch(rank):
+    """Of two steps after a parameter is unfrozen the first has no batch for rank 1."""
+    model = net()
+    opt = optimizer(model)
+    model.up.weight.requires_grad_(False)
+    opt.attach(model)
+    norms = train(model, opt, 2, rank)
+    model.up.weight.requires_grad_(True)
+    norms += train(model, opt, 1, rank, first=2, micro=1 - rank)
+    return outcome(model, opt, norms + train(model, opt, 1, rank, first=3))
 
 
 def resumed_otherwise(rank):
@@ -210,8 +238,11 @@ CASES = {
     "long": functools.partial(trained, dtype=torch.bfloat16, steps=50, micro=1, loss=plain_loss, wrap=True),
     "bytes": bytes_of_late_steps,
     "drifted": drifted,
+    "drifted under ddp": functools.partial(drifted, wrap=True),
+    "added later": added_later,
     "resumed otherwise": resumed_otherwise,
     "orders": orders,
     "a root's own parameter": a_root_s_own_parameter,
     "all attached": all_attached,
+    "unfrozen without a batch": unfrozen_without_a_batch,
 }

@@ -181,6 +181,17 @@ def test_an_error_of_one_rank_ends_all_with_it(tmp_path, where, rank, message):
         assert re.match(message, str(outcome))
 
 
+def steps_in_backward(ranks, config):
+    handle = Trainer(config, ranks).handle
+    return handle is not None and handle.stepping
+
+
+def test_a_rank_whose_micro_batch_is_its_part_of_the_batch_steps_in_backward(tmp_path):
+    config = tiny(tmp_path, optimizer={"name": "mofasgd", "rank": 4, "complement": 1.0}, micro_batch_size=2)
+    assert together(steps_in_backward, config) == [True, True]
+    assert together(steps_in_backward, config, world=1) == [False]
+
+
 def test_ranks_that_do_not_fit(tmp_path):
     cases = [
         (tiny(tmp_path, batch_size=5), "batch_size=5 cannot be shared by 2 ranks"),

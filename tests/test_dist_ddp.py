@@ -92,15 +92,25 @@ def test_bytes_of_a_step_are_those_of_the_sketches_and_adamw_s_gradients(pair):
     assert 0.9 * formula < sent - adamw <= 1.05 * formula
 
 
-def test_drifted_replicas_are_told_of_once_and_get_rank_0_s_state(pair):
-    (found, later), (other, other_later) = (results["drifted"] for results in pair)
+@pytest.mark.parametrize("name", ["drifted", "drifted under ddp"])
+def test_drifted_replicas_are_told_of_once_and_get_rank_0_s_state(pair, name):
+    (found, later), (other, other_later) = (results[name] for results in pair)
     assert found.same(other)
     assert later.same(other_later)
-    told, silent = (results["drifted: warnings"] for results in pair)
+    told, silent = (results[f"{name}: warnings"] for results in pair)
     assert [text for text in told if "ranks held different" in text] == [
         "ranks held different weights or optimizer state: all have rank 0's now"
     ]
     assert silent == []
+
+
+def test_parameters_that_join_later_begin_with_rank_0_s_weights(pair):
+    assert len(agreed(pair, "added later").norms) == 4
+
+
+def test_a_rank_without_a_batch_knows_of_what_was_unfrozen(pair):
+    found = agreed(pair, "unfrozen without a batch")
+    assert not torch.equal(found.weights["up.weight"], net().up.weight)
 
 
 def test_ranks_that_resume_from_different_states_begin_with_rank_0_s(pair):

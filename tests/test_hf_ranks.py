@@ -14,7 +14,10 @@ pytest.importorskip("transformers")
 from hf_case import arguments, logged, make, trainer_of
 
 
-def test_two_processes_train_alike_and_as_one_does(tmp_path):
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Return what each of two processes has found."""
+    tmp_path = tmp_path_factory.mktemp("ranks")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -33,13 +36,18 @@ def test_two_processes_train_alike_and_as_one_does(tmp_path):
     for process in processes:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output[-3000:]
-    (refused, weights, norms), (_, others, same_norms) = (torch.load(tmp_path / f"rank{r}.pt") for r in range(2))
-    assert "2 processes" in refused
-    assert "attach='none'" in refused
-    assert norms == same_norms
-    assert all(torch.equal(value, others[key]) for key, value in weights.items())
-    model = make("bert")
-    alone = trainer_of(model, arguments(tmp_path, max_steps=6), attach="none")
-    alone.train()
-    # The same eight rows a step, summed in another order.
-    assert norms[:5] == pytest.approx(logged(alone)[:5], rel=1e-4)
+    return [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("attach", ["auto", "none"])
+def test_two_processes_train_alike_and_as_one_does(pair, attach, tmp_path):
+    (weights, norms, again, later, sent), (others, *same_norms, others_later, _) = (found[attach] for found in pair)
+    assert [norms, again] == same_norms
+    for mine, theirs in ((weights, others), (later, others_later)):
+        assert all(torch.equal(value, theirs[key]) for key, value in mine.items())
+    assert (sent > 0) == (attach == "auto")
+    alone = trainer_of(make("bert"), arguments(tmp_path, max_steps=6), attach=attach)
+    for found in (norms, again):
+        alone.train()
+        # The same eight rows a step, summed in another order.
+        assert found[:5] == pytest.approx(logged(alone)[:5], rel=1e-3)

@@ -47,9 +47,8 @@ def state(kind="NO", processes=1, precision="no"):
 @pytest.mark.parametrize(
     ("setup", "message"),
     [
-        (state("DEEPSPEED"), "DEEPSPEED.*one process, or replicas.*attach='none'"),
-        (state("FSDP", 2), "FSDP.*one process, or replicas.*attach='none'"),
-        (state("MULTI_CPU", 2), "2 processes.*attach='none'"),
+        (state("DEEPSPEED"), "DEEPSPEED.*one process, or replicas.*torchrun"),
+        (state("FSDP", 2), "FSDP.*one process, or replicas.*torchrun"),
         (state(precision="fp16"), "fp16.*bf16=True, or attach='none'"),
     ],
 )

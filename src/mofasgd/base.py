@@ -84,6 +84,8 @@ class FactoredOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         self._pending = None
+        # What each rank has drawn for itself becomes rank 0's.
+        self._met = False
 
     def _parameters(self) -> Iterator[tuple[int, Tensor, Group]]:
         """Yield (index as in state_dict, parameter, group)."""
@@ -191,6 +193,9 @@ class FactoredOptimizer(Optimizer):
         ranks, sharded = self._join(), any(is_sharded(p) for _, p, _ in self._parameters())
         if ranks is None and not sharded:
             return Exchange()
+        if self._handle is not None:
+            # A rank to which no batch came has not called the model since parameters were frozen or added.
+            self._handle.bind()
         self._meet()
         windows: dict[Tensor, Window] = {}
         waits, adamw = self._waiting(), []

@@ -157,7 +157,7 @@ class Trainer:
             self.handle = optimizer.attach(self.model, mode=mode)
             return
         # The complement reads the gradient itself: a matrix has to be stepped while its gradient exists.
-        whole = config.micro_batch_size in (0, config.batch_size) and not self.settings["max_grad_norm"]
+        whole = self.micro_batch_size == self.share and not self.settings["max_grad_norm"]
         if whole:
             self.handle = optimizer.attach(self.model, mode="release", step_in_backward=True)
         elif mode == "release":

@@ -285,10 +285,9 @@ class Handle:
         return param in self._windows and not self.stepping
 
     def whole(self) -> list[Tensor]:
-        """Return the weights that are to be alike on all ranks: of a model in a DDP those that it leaves out."""
-        if self.replicas is not None and self.replicas.ddp is not None:
-            return [row.param for row in self.rows if row.mode != "p.grad"]
-        return [p for p in self._model.parameters() if not is_sharded(p)]
+        """Return the weights that are to be alike on all ranks: all but what the user has DDP ignore."""
+        apart = set() if self.replicas is None else self.replicas.apart
+        return [p for name, p in self._model.named_parameters() if name not in apart and not is_sharded(p)]
 
     def buffers(self) -> list[Tensor]:
         """Return what begins alike and may then differ; nothing where a DDP sees to it."""

@@ -50,6 +50,11 @@ class Replicas:
         assert group is not None
         return group
 
+    @property
+    def apart(self) -> set[str]:
+        """Names of what the user has the DDP ignore, so that it differs between ranks; none without one."""
+        return set() if self.ddp is None else set(self._users or ())
+
     def leave(self, params: Collection[Tensor]) -> None:
         """Keep `params` of the model, and no longer those of an earlier call, out of a later DDP's buckets."""
         self.restore()
@@ -93,9 +98,14 @@ class Replicas:
         self._ddp = weakref.ref(ddp)
         return ddp
 
+    @property
+    def wrapped(self) -> bool:
+        """Whether a DDP around the model, which leaves the parameters out, is there."""
+        return any(self._model in (ddp.module, getattr(ddp.module, "_orig_mod", None)) for ddp in _wrappers())
+
     def refuse_wrapped(self) -> None:
-        """Raise ValueError if a DDP that leaves the parameters out is still there."""
-        if any(self._model in (ddp.module, getattr(ddp.module, "_orig_mod", None)) for ddp in _wrappers()):
+        """Raise ValueError if the model is `wrapped`."""
+        if self.wrapped:
             raise ValueError(
                 "detach() of a model inside DistributedDataParallel: its buckets lack the attached parameters, whose "
                 "gradients nobody would average. Drop the wrapper first (model = ddp.module; del ddp), and wrap anew"

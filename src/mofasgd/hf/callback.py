@@ -37,7 +37,7 @@ class Lent(float):
 
 
 class MoFaSGDCallback(TrainerCallback):
-    """Lets MoFaSGD clip, logs its gradient norm, and detaches the model when training ends.
+    """Lets MoFaSGD clip, logs its gradient norm, and detaches the model when training ends (not in a DDP).
 
     Trainer clips and measures `p.grad`, which attached training does not have, before the step. Hence
     `args.max_grad_norm` is 0 while a window's gradients are gathered, and at the step it is the optimizer's; at any
@@ -71,8 +71,7 @@ class MoFaSGDCallback(TrainerCallback):
             refuse_setup(args, attached=opt.handle is not None)
             _refuse_others(args, self._args or args, opt)
         except ValueError:
-            if opt.handle is not None:
-                opt.handle.detach()
+            _detach(opt)
             raise
         # An interrupted train() may have left half a window.
         opt.zero_grad()
@@ -118,12 +117,18 @@ class MoFaSGDCallback(TrainerCallback):
             state.log_history[-1].update(found)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Detach the model; the optimizer clips to nothing until the next `train()`."""
+        """Detach the model, unless it is in a DDP; the optimizer clips to nothing until the next `train()`."""
         _give_back(args)
         opt = real_optimizer(kwargs["optimizer"])
         opt.max_grad_norm = None
-        if opt.handle is not None:
-            opt.handle.detach()
+        _detach(opt)
+
+
+def _detach(opt: MoFaSGD) -> None:
+    """Detach the model, unless it is in a DDP: the trainer's, which lacks the parameters in another `train()` too."""
+    handle = opt.handle
+    if handle is not None and (handle.replicas is None or not handle.replicas.wrapped):
+        handle.detach()
 
 
 def _give_back(args: Any) -> None:

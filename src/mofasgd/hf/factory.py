@@ -47,7 +47,7 @@ def trainer_kwargs(
             parameters, and of all with lr_scale="match_rms_adamw"), `adam_beta1`, `adam_beta2`, `adam_epsilon`,
             `weight_decay`, `seed`; at each step: `max_grad_norm`.
         rank, lr: of the factored parameters. There is no default lr.
-        attach: mode of `MoFaSGD.attach`; "none" keeps full gradients in `p.grad` (several processes, `complement`).
+        attach: mode of `MoFaSGD.attach`; "none" keeps full gradients in `p.grad` (`complement`, fp16).
         callbacks: more callbacks for the Trainer.
         **options: more arguments of `mofasgd.param_groups` (`adamw_lr`, `factor`, `adamw`, `head`, group keys such as
             `beta`) and of `mofasgd.MoFaSGD` (`seed`, `state_dtype`, ...); they come before what `args` say.

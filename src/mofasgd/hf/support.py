@@ -24,7 +24,7 @@ def refuse_setup(args: Any, *, attached: bool) -> None:
     if attached and args is not None and args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process (nn.DataParallel) would share one set of sketches: make one GPU "
-            "visible (CUDA_VISIBLE_DEVICES=0), or use torchrun with attach='none'"
+            "visible (CUDA_VISIBLE_DEVICES=0), or use torchrun, a process for each"
         )
     if not is_initialized():
         return
@@ -33,12 +33,7 @@ def refuse_setup(args: Any, *, attached: bool) -> None:
     if kind != "NO" and not kind.startswith("MULTI_"):
         raise ValueError(
             f"distributed_type={kind} shards or replaces what MoFaSGD steps and is not supported yet: use one process, "
-            "or replicas (DDP, torchrun without DeepSpeed or FSDP) with attach='none'"
-        )
-    if attached and state.num_processes > 1:
-        raise ValueError(
-            f"{state.num_processes} processes: sketches are not summed over processes yet. Use attach='none' (DDP "
-            "then averages full gradients), or one process"
+            "or replicas (DDP: torchrun without DeepSpeed or FSDP)"
         )
     if attached and state.mixed_precision == "fp16":
         raise ValueError("fp16 needs a GradScaler, which cannot unscale sketches: use bf16=True, or attach='none'")
