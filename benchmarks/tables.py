@@ -141,7 +141,7 @@ class Worker:
     """A process with one GPU that imports once and makes many runs."""
 
     def __init__(self, gpu: str, log: Path) -> None:
-        self.gpu, self.log, self.task = gpu, log, None
+        self.gpu, self.log = gpu, log
         self.start()
 
     def start(self) -> None:
