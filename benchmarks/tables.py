@@ -6,6 +6,7 @@
 
 The middle rate of every method comes first, then its neighbours, then one rate more until each method has had
 `points`: beyond the best where that is at an end, else between it and its better neighbour; then the other seeds.
+Muon's runs come before all others, each alone on its GPU.
 results.json and table.md in each --out are those of the tables' own commands; a second call goes on where the first
 ended.
 """
@@ -32,6 +33,9 @@ from mofasgd.cli import configured
 
 # Only `spawn` starts without what the parent knows of GPUs.
 PROCESSES = get_context("spawn")
+# Beside other processes torch.optim.Muon has ended in CUDA launch failures (H200, torch 2.11), alone it has not.
+ALONE = {"muon"}
+"""Methods whose runs share their GPU with no other."""
 ATTEMPTS = 2
 """Most starts of a run: a GPU that others fill may refuse it once."""
 
@@ -45,6 +49,11 @@ def next_rate(worth: dict[float, float]) -> float:
         return float(f"{best * best / rates[1 if place == 0 else -2]:.2g}")
     other = min(rates[place - 1], rates[place + 1], key=worth.__getitem__)
     return float(f"{math.sqrt(best * other):.2g}")
+
+
+def alone(job: Job) -> bool:
+    """Whether a run shares its GPU with no other."""
+    return job.spec.rates[job.lr].method in ALONE
 
 
 class Plan:
@@ -132,7 +141,7 @@ class Worker:
     """A process with one GPU that imports once and makes many runs."""
 
     def __init__(self, gpu: str, log: Path) -> None:
-        self.gpu, self.log, self.task = gpu, log, None
+        self.gpu, self.log = gpu, log
         self.start()
 
     def start(self) -> None:
@@ -176,19 +185,24 @@ class Schedule:
         own = [run for run in runs if run["label"] == job.spec.label]
         return max((run.get("wall_seconds", 0.0) for run in own or runs), default=0.0)
 
-    def _next(self) -> tuple[Plan, Job] | None:
-        """Return the run that tells most of those that should end in time."""
+    def _next(self, gpu: str) -> tuple[Plan, Job] | None:
+        """Return the run for `gpu` that tells most of those that should end in time."""
         running = {worker.task.job.digest for worker in self.workers if worker.task is not None}
+        beside = [worker.task.job for worker in self.workers if worker.task is not None and worker.gpu == gpu]
+        if any(alone(job) for job in beside):
+            return None
         left, found = self.end - time.monotonic(), []
         for number, plan in enumerate(self.plans):
             for place, (stage, job) in enumerate(plan.missing()):
-                if job.digest not in running and self.failed.get(job.digest, 0) < ATTEMPTS:
-                    found.append((stage, number, place, plan, job))
-        fitting = [entry for entry in found if self._seconds(entry[3], entry[4]) <= left]
-        return min(fitting, key=lambda entry: entry[:3])[3:] if fitting else None
+                if job.digest in running or self.failed.get(job.digest, 0) >= ATTEMPTS or (beside and alone(job)):
+                    continue
+                # First of all, as a GPU that has filled up is not empty again before the end.
+                found.append((not alone(job), stage, number, place, plan, job))
+        fitting = [entry for entry in found if self._seconds(entry[4], entry[5]) <= left]
+        return min(fitting, key=lambda entry: entry[:4])[4:] if fitting else None
 
     def _begin(self, worker: Worker) -> None:
-        if (found := self._next()) is not None:
+        if (found := self._next(worker.gpu)) is not None:
             plan, job = found
             worker.task = Task(plan, job, time.monotonic())
             worker.pipe.send((Execute(plan.execute, self.per_gpu), job))

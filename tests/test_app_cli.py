@@ -111,10 +111,10 @@ def test_the_fine_tuning_table_is_valid(monkeypatch):
 
     table, specs = read(["--config", str(ROOT / "benchmarks" / "finetune_gsm8k.yaml"), "--base.model", "a"])
     runs = [config_of(table, method, seed) for spec in specs for method in spec.rates.values() for seed in table.seeds]
-    assert {len(spec.rates) for spec in specs} == {3}
+    assert {len(spec.rates) for spec in specs} == {4}
     assert all(resolve(run) for run in runs)
     # No two runs share a folder.
-    assert len({run.out for run in runs}) == len(runs) == 3 * 2 * len(table.methods)
+    assert len({run.out for run in runs}) == len(runs) == 4 * 2 * len(table.methods)
 
 
 def test_flags_override_the_file(tmp_path):

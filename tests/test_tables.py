@@ -110,8 +110,21 @@ def test_what_would_not_end_in_time_is_not_begun(tables, tmp_path, monkeypatch):
     first = next(job for _, job in found.missing())
     found.grid.keep({**Execute(loss, 1)(first), "wall_seconds": 30.0})
     choose = tables.Schedule([found], [], 29.0, 1)._next, tables.Schedule([found], [], 31.0, 1)._next
-    assert choose[0]() is None
-    assert choose[1]()[1].lr == 0.01
+    assert choose[0]("0") is None
+    assert choose[1]("0")[1].lr == 0.01
+
+
+def test_muon_has_a_gpu_to_itself(tables, tmp_path):
+    found, workers = plan(tables, tmp_path, "adamw"), [Answers(0), Answers(0)]
+    found.grid.specs += plan(tables, tmp_path, "muon").grid.specs
+    schedule = tables.Schedule([found], workers, math.inf, 2)
+    plain, muon = (next(job for _, job in found.missing() if job.spec.label == label) for label in ("adamw", "muon"))
+    assert schedule._next("0")[1].spec.label == "muon"
+    workers[1].task = tables.Task(found, plain, 0.0)
+    assert schedule._next("0")[1].spec.label == "adamw"
+    assert schedule._next("1")[1].spec.label == "muon"
+    workers[1].task = tables.Task(found, muon, 0.0)
+    assert schedule._next("0") is None
 
 
 def test_the_rows_of_a_process_are_read_once_and_what_is_left_out_told_each_time(tables, tmp_path):
