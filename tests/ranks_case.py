@@ -43,14 +43,17 @@ def together(work, *args, world=2):
         processes[-1].start()
         end.close()
         pipes.append(pipe)
-    for process, pipe in zip(processes, pipes, strict=True):
+    # All pipes before any process: ranks leave together, and none can while its outcome waits to be read.
+    for pipe in pipes:
         try:
             outcomes.append(pipe.recv() if pipe.poll(240) else "hung")
-            process.join(60)
         except EOFError:
-            process.join(60)
-            outcomes.append(process.exitcode)
+            outcomes.append(EOFError)
+    for i, process in enumerate(processes):
+        process.join(60)
         if process.exitcode is None:
             process.kill()
-            outcomes[-1] = f"hung after {outcomes[-1]!r}"
+            outcomes[i] = f"hung after {outcomes[i]!r}"
+        elif outcomes[i] is EOFError:
+            outcomes[i] = process.exitcode
     return outcomes
