@@ -235,7 +235,10 @@ class Update:
         param, U = self.members[0].param, self.stored.U
         plain = param.dtype in (torch.float32, torch.bfloat16) and U.dtype is torch.float32
         small = param.numel() < 1 << 33
-        return plain and small and usable(param.device) and all(local(m.param).is_contiguous() for m in self.members)
+        if not (plain and small and usable(param.device)):
+            return False
+        held = [m.param if m.part is None else local(m.param) for m in self.members]
+        return all(map(Tensor.is_contiguous, held))
 
     def _rates(self, active: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor | None]:
         """Return lr * scale where active (B,), and what decay leaves of each matrix (B,), None: all."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -81,8 +82,8 @@ class Handle:
         self.rows: list[Row] = []
         self._windows: dict[Tensor, Window] = {}
         self._hooks: dict[Tensor, RemovableHandle] = {}
-        self._bound: list[tuple[Any, ...]] = []
-        self._kept: list[Tensor] = []
+        self._bound: tuple[list[Any], ...] = ()
+        self._kept: list[Any] = []
         self._warned: set[str] = set()
         self._refuse_attached()
         self.bind()
@@ -124,7 +125,7 @@ class Handle:
         reshard(self._model)
         rows = plan(self._model, owner, self.mode, self.stepping)
         self._remove()
-        self.rows, self._kept = rows, [p for _, p, _ in owner._parameters()]
+        self.rows = rows
         try:
             self._install(owner)
         except BaseException:
@@ -134,6 +135,7 @@ class Handle:
         if self.replicas is not None:
             self.replicas.leave([row.param for row in rows if row.mode != "p.grad"])
             self._holders = holders(self._model, [row.param for row in rows if row.mode == "release"])
+        self._kept = [owner._parameters(), list(owner.state.items())]
         self._bound = self._signature(owner)
 
     def follow(self) -> None:
@@ -150,10 +152,16 @@ class Handle:
         keep_sync(self._holders)
         owner._meet()
 
-    def _signature(self, owner: Owner) -> list[tuple[Any, ...]]:
-        """Return what is compared before every forward; `_kept` keeps the numbers those of the parameters."""
-        state = owner.state
-        return [(id(p), p.device, p.requires_grad, id(state.get(p))) for _, p, _ in owner._parameters()]
+    def _signature(self, owner: Owner) -> tuple[list[Any], ...]:
+        """Return what is compared before every forward; `_kept` keeps the numbers those of the same objects."""
+        params, state = [p for _, p, _ in owner._parameters()], owner.state
+        return (
+            list(map(id, params)),
+            [p.device for p in params],
+            [p.requires_grad for p in params],
+            list(map(id, state)),
+            list(map(id, state.values())),
+        )
 
     def _install(self, owner: Owner) -> None:
         for _, param, _ in owner._parameters():
@@ -227,7 +235,7 @@ class Handle:
         self.clear()
         if self.replicas is not None:
             self.replicas.restore()
-        self.rows, self._windows, self._bound, self._kept = [], {}, [], []
+        self.rows, self._windows, self._bound, self._kept = [], {}, (), []
 
     def clear(self) -> None:
         """Forget the sketches of the present window, as `zero_grad` does."""
@@ -241,7 +249,7 @@ class Handle:
 
     def renew(self) -> None:
         """Bind anew, with empty windows: the optimizer's state or groups have been replaced."""
-        self._windows, self._bound = {}, []
+        self._windows, self._bound = {}, ()
         self.bind()
 
     def next_window(self) -> None:
@@ -249,21 +257,21 @@ class Handle:
         owner = self._owner()
         assert owner is not None
         pending = owner._waiting()
+        if len(self._windows) > len(self._hooks):
+            self._windows = {param: window for param, window in self._windows.items() if param in self._hooks}
         casts = []
-        self._windows = {param: window for param, window in self._windows.items() if param in self._hooks}
-        for param, window in self._windows.items():
-            window.open(pending.get(param, []))
+        for window in self._windows.values():
+            window.open(pending.get(window.param, []) if pending else [])
             casts += window.casts()
         if casts:
             torch._foreach_copy_([copy for copy, _ in casts], [original for _, original in casts])
 
-    def gradient(self, param: Tensor) -> Window | None:
-        """Return what this window has gathered of a parameter, `p.grad` included if somebody has set it; else None."""
-        window = self._windows[param]
+    def gradient(self, window: Window) -> Window | None:
+        """Return a window with what it has gathered, `p.grad` included if somebody has set it; None: nothing."""
         if window.shared:
             return window
-        if param.grad is not None:
-            window.add(param.grad)
+        if window.param.grad is not None:
+            window.add(window.param.grad)
         if not window.empty:
             return window
         if window.ran and window.name not in self._warned:
@@ -277,12 +285,14 @@ class Handle:
 
     def sum(self, param: Tensor) -> Window:
         """Return the window of a parameter, for its sums over ranks."""
-        self.gradient(param)
-        return self._windows[param]
+        window = self._windows[param]
+        self.gradient(window)
+        return window
 
-    def sketches(self, param: Tensor) -> bool:
-        """Whether `param` is stepped by the sketches of a window."""
-        return param in self._windows and not self.stepping
+    @property
+    def windows(self) -> Mapping[Tensor, Window]:
+        """The windows by whose sketches parameters are stepped."""
+        return {} if self.stepping else self._windows
 
     def whole(self) -> list[Tensor]:
         """Return the weights that are to be alike on all ranks: of a model in a DDP those that it leaves out."""

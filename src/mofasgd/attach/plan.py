@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,7 +20,8 @@ class Owner(Protocol):
     state_dtype: torch.dtype
     state: Any
 
-    def _parameters(self) -> Iterator[tuple[int, Tensor, Group]]: ...
+    def _parameters(self) -> list[tuple[int, Tensor, Group]]:
+        """Return (number, parameter, group) of all; the same list until they change."""
 
     def _waiting(self) -> dict[Tensor, list[int]]:
         """Make missing state; return the numbers of the matrices without a momentum, by parameter."""

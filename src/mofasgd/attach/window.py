@@ -106,6 +106,7 @@ class Window:
         self.weight = param
         self.probes: tuple[Tensor, Tensor] | None = None
         self.keys: Tensor | None = None
+        self.pending: list[int] = []
         self._casts: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self.open(pending)
 
@@ -116,7 +117,12 @@ class Window:
 
     def open(self, pending: list[int]) -> None:
         """Begin a window in which the matrices number `pending` have no momentum."""
-        self.pending, self.stepped = pending, False
+        self.stepped = False
+        if not pending and not self.pending and self.keys is None and (self.probes is not None or not self.probed):
+            # As the last one: what hundreds of layers do at every step.
+            self.clear()
+            return
+        self.pending = pending
         if not pending and self.keys is not None:
             # A graph kept from the first window then raises; its sketches would go to probes that nobody reads.
             self.keys.zero_()
@@ -185,7 +191,8 @@ class Window:
 
     def casts(self) -> list[tuple[Tensor, Tensor]]:
         """Return (copy, original) of the factors that were cast, for whoever changes the originals."""
-        return [(cast, self.state[key]) for pair in self._casts.values() for cast, key in zip(pair, "UV", strict=True)]
+        U, V = self.state["U"], self.state["V"]
+        return [pair for u, v in self._casts.values() for pair in ((u, U), (v, V))]
 
     @torch.no_grad()
     def add(self, gradient: Tensor) -> None:
