@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -130,7 +131,7 @@ class AdamWUpdate:
             self._buckets.setdefault(member.bucket(), []).append(member)
         self.members = list(chain.from_iterable(self._buckets.values()))
         norms = _norms(self.members)
-        self.finite = norms.isfinite()
+        self.finite = norms < math.inf
         self.active = self.finite if gate is None else self.finite & gate.to(norms.device)
         if any(member.present is not None for member in self.members):
             there = torch.ones_like(self.active[0])

@@ -101,6 +101,7 @@ class Bucket:
         self._states = [member.state for member in members]
         self._stacks: dict[str, tuple[list[Tensor], Tensor]] = {}
         self._keys: tuple[int, Tensor] | None = None
+        self._ones: Tensor | None = None
 
     def stack(self, key: str) -> Tensor:
         """Return an entry of all members' state as one tensor (count, ...) that shares their memory."""
@@ -117,6 +118,12 @@ class Bucket:
             keys = tuple(key_of(seed, ROUNDING, member.index) for member in self.members)
             self._keys = seed, keys_on(keys, self.members[0].param.device)
         return self._keys[1]
+
+    def ones(self, like: Tensor) -> Tensor:
+        """Return ones like a tensor (B,) of the members' matrices, made once."""
+        if self._ones is None or self._ones.dtype is not like.dtype:
+            self._ones = torch.ones_like(like)
+        return self._ones
 
 
 class Arrangement:

@@ -192,7 +192,7 @@ class MoFaSGD(FactoredOptimizer):
             arranged = self._arranged()
         updates = self._observe(gate, arranged, exchanged)
         observe_all([update for update in updates if isinstance(update, Update)])
-        squares = self._taken.squares + [update.square_norms.sum() for update in updates]
+        squares = self._taken.squares + [update.square_norms for update in updates]
         self._norm, factor = measure(squares, self.max_grad_norm, grad_scale)
         take_all([update for update in updates if isinstance(update, Update)], factor)
         for update in updates:
@@ -204,7 +204,7 @@ class MoFaSGD(FactoredOptimizer):
         self._taken = Taken()
         self._compare_often()
         if self._handle is not None:
-            self._handle.next_window()
+            self._handle.next_window(arranged.buckets)
         return loss
 
     def _observe(self, gate: Tensor | None, arranged: Arrangement, exchanged: Exchange) -> list[Update | AdamWUpdate]:

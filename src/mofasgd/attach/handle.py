@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mofasgd.attach.plan import Owner, Row, plan
+from mofasgd.attach.plan import Owner, Row, Stacked, plan
 from mofasgd.attach.release import ReleaseHook, StepHook
 from mofasgd.attach.sketch import mixin_for
 from mofasgd.attach.swap import Attached, is_swapped, swap_in, swap_out
@@ -24,6 +24,10 @@ from mofasgd.options import Group, check_choice
 from mofasgd.state import factored_shape
 
 MODES = ("auto", "sketch", "release")
+
+
+Cast = tuple[list[Window | None], dict[torch.dtype, tuple[Tensor, Tensor]]]
+"""The windows of a bucket (None: not attached), and the stacks of its U and V in the dtypes of layers."""
 
 
 class Root(Attached):
@@ -85,6 +89,8 @@ class Handle:
         self._bound: tuple[list[Any], ...] = ()
         self._kept: list[Any] = []
         self._warned: set[str] = set()
+        # Of the buckets of the last step: their windows, and their factors in the dtypes of layers.
+        self._cast: tuple[Sequence[Stacked], list[Cast]] = ((), [])
         self._refuse_attached()
         self.bind()
         # Hooks must not outlive the optimizer: another one would never see a gradient, and nobody would say so.
@@ -195,6 +201,7 @@ class Handle:
         # What was frozen since keeps its gradient until the step, as a `p.grad` would.
         left = {p: w for p, w in before.items() if p in places and p not in self._windows and (many() or not w.empty)}
         self._windows |= left
+        self._cast = ((), [])
         swap_in(self._model, Root, _mofasgd_handle=self)
 
     def _step(self, index: int, param: Tensor, group: Group) -> None:
@@ -235,7 +242,7 @@ class Handle:
         self.clear()
         if self.replicas is not None:
             self.replicas.restore()
-        self.rows, self._windows, self._bound, self._kept = [], {}, (), []
+        self.rows, self._windows, self._bound, self._kept, self._cast = [], {}, (), [], ((), [])
 
     def clear(self) -> None:
         """Forget the sketches of the present window, as `zero_grad` does."""
@@ -252,17 +259,21 @@ class Handle:
         self._windows, self._bound = {}, ()
         self.bind()
 
-    def next_window(self) -> None:
-        """Begin the window after a step."""
+    def next_window(self, buckets: Sequence[Stacked]) -> None:
+        """Begin the window after a step; it has moved the factors of `buckets`, the same object until they change."""
         owner = self._owner()
         assert owner is not None
         pending = owner._waiting()
         if len(self._windows) > len(self._hooks):
             self._windows = {param: window for param, window in self._windows.items() if param in self._hooks}
-        casts = []
         for window in self._windows.values():
             window.open(pending.get(window.param, []) if pending else [])
-            casts += window.casts()
+        if self._cast[0] is not buckets:
+            found = [[self._windows.get(member.param) for member in bucket.members] for bucket in buckets]
+            self._cast = buckets, [(windows, {}) for windows in found]
+        casts: list[tuple[Tensor, Tensor]] = []
+        for bucket, cast in zip(*self._cast, strict=True):
+            casts += _old_casts(bucket, *cast)
         if casts:
             torch._foreach_copy_([copy for copy, _ in casts], [original for _, original in casts])
 
@@ -325,6 +336,24 @@ class Handle:
         table += [(r.name, " x ".join(map(str, r.param.shape)) or "scalar", r.mode, r.why) for r in self.rows]
         widths = [max(len(row[i]) for row in table) for i in range(3)]
         return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[3]]) for row in table)  # noqa: B905
+
+
+def _old_casts(
+    bucket: Stacked, windows: list[Window | None], stacks: dict[torch.dtype, tuple[Tensor, Tensor]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return (copy, original) of what is cast to the dtypes of a bucket's layers; new copies are made here."""
+    old: list[tuple[Tensor, Tensor]] = []
+    for dtype in {dtype for window in windows if window is not None for dtype in window.casts()}:
+        U, V = bucket.stack("U"), bucket.stack("V")
+        if dtype in stacks:
+            old += zip(stacks[dtype], (U, V), strict=True)
+            continue
+        # Views of one tensor: hundreds of layers then need a single copy at every step.
+        stacks[dtype] = U.to(dtype), V.to(dtype)
+        for window, *pair in zip(windows, *(stack.unbind() for stack in stacks[dtype]), strict=True):
+            if window is not None:
+                window.recast(dtype, *pair)
+    return old
 
 
 def detach(model: nn.Module) -> bool:

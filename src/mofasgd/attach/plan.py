@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -34,6 +35,17 @@ class Owner(Protocol):
 
     def _meet(self) -> None:
         """Begin as rank 0 does, unless that has been done."""
+
+
+class Stacked(Protocol):
+    """Parameters of one shape whose state lies side by side (`buckets.Bucket`)."""
+
+    @property
+    def members(self) -> Sequence[Any]:
+        """Of each `param`."""
+
+    def stack(self, key: str) -> Tensor:
+        """Return an entry of all members' state as one tensor (count, ...)."""
 
 
 class Row(NamedTuple):

@@ -15,6 +15,8 @@ a copy; the step drops those that are no directions of M.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -189,10 +191,13 @@ class Window:
             self._casts[dtype] = (self.state["U"].to(dtype), self.state["V"].to(dtype))
         return self._casts[dtype]
 
-    def casts(self) -> list[tuple[Tensor, Tensor]]:
-        """Return (copy, original) of the factors that were cast, for whoever changes the originals."""
-        U, V = self.state["U"], self.state["V"]
-        return [pair for u, v in self._casts.values() for pair in ((u, U), (v, V))]
+    def casts(self) -> Iterable[torch.dtype]:
+        """Return the dtypes to which factors have been cast; whoever changes these casts them anew (`recast`)."""
+        return self._casts
+
+    def recast(self, dtype: torch.dtype, U: Tensor, V: Tensor) -> None:
+        """Take U and V as the factors cast to `dtype`, which the giver keeps up to date."""
+        self._casts[dtype] = U, V
 
     @torch.no_grad()
     def add(self, gradient: Tensor) -> None:
