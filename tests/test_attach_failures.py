@@ -183,3 +183,29 @@ def test_layers_in_bfloat16_sketch_by_the_newest_factors():
     # Operands and gradient are rounded to 8 bits; by old factors the sketches would be others altogether.
     for found, wanted in ((GV, G @ V), (GtU, G.mT @ U)):
         assert (found - wanted).norm() <= 0.02 * wanted.norm()
+
+
+def test_casts_are_the_newest_factors_after_layers_were_regrouped_frozen_and_thawed():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(12, 12, bias=False) for _ in range(4))).bfloat16()
+    first, second, third, fourth = model.parameters()
+    opt = MoFaSGD([first, second, third], rank=2, lr=0.01)
+    fourth.requires_grad_(False)
+    opt.attach(model)
+
+    def train(count):
+        for _ in range(count):
+            model(torch.randn(5, 12).bfloat16()).square().sum().backward()
+            opt.step()
+        return {p: w.cast(torch.bfloat16) for p, w in opt.handle._windows.items()}
+
+    assert len(train(4)) == 3
+    opt.add_param_group({"params": [opt.param_groups[0]["params"].pop()]})
+    first.requires_grad_(False)
+    assert len(train(2)) == 2
+    first.requires_grad_(True)
+    casts = train(4)
+    assert len(casts) == 3
+    for p, pair in casts.items():
+        for key, cast in zip("UV", pair, strict=True):
+            assert torch.equal(cast, opt.state[p][key].bfloat16())
