@@ -104,7 +104,7 @@ def swap(params, groups):
         swap,
         lambda params, groups: groups[0]["params"].reverse(),
         lambda params, groups: groups[0]["params"].pop(),
-        lambda params, groups: groups[1]["params"].append(groups[0]["params"].pop()),
+        lambda params, groups: groups[1]["params"].insert(0, groups[0]["params"].pop()),
         lambda params, groups: groups.__setitem__(0, dict(groups[0])),
     ],
     ids=["another kind of tensor", "order", "fewer", "another group", "another dict"],

@@ -55,8 +55,8 @@ MUTANTS = [
     Mutant(
         "sketches outlive the step",
         "attach/handle.py",
-        "            window.open(pending.get(param, []))\n",
-        "            if window.pending:\n                window.open(pending.get(param, []))\n",
+        "            window.open(pending.get(window.param, []) if pending else [])\n",
+        "            if window.pending:\n                window.open(pending.get(window.param, []))\n",
         "test_attach.py::test_sketches_are_forgotten_by_either_zero_grad_and_by_step_and_outlive_nothing_else",
     ),
     Mutant(
