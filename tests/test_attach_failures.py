@@ -183,3 +183,30 @@ def test_layers_in_bfloat16_sketch_by_the_newest_factors():
     # Operands and gradient are rounded to 8 bits; by old factors the sketches would be others altogether.
     for found, wanted in ((GV, G @ V), (GtU, G.mT @ U)):
         assert (found - wanted).norm() <= 0.02 * wanted.norm()
+
+
+def test_casts_are_the_newest_factors_after_layers_started_were_regrouped_frozen_and_thawed():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(12, 12, bias=False) for _ in range(4))).bfloat16()
+    first, second, third, fourth = model.parameters()
+    nn.init.zeros_(third)  # those before it get no gradient in the first step, and start at the second
+    opt = MoFaSGD([first, second, third], rank=2, lr=0.01)
+    fourth.requires_grad_(False)
+    opt.attach(model)
+
+    def train(count):
+        for _ in range(count):
+            (model(torch.randn(5, 12).bfloat16()) - 1).square().sum().backward()
+            opt.step()
+        for p, window in opt.handle._windows.items():
+            for key, cast in zip("UV", window.cast(torch.bfloat16), strict=True):
+                assert torch.equal(cast, opt.state[p][key].bfloat16())
+        return len(opt.handle._windows)
+
+    assert train(4) == 3
+    opt.add_param_group({"params": [opt.param_groups[0]["params"].pop()]})
+    assert train(2) == 3
+    first.requires_grad_(False)
+    assert train(2) == 2
+    first.requires_grad_(True)
+    assert train(4) == 3

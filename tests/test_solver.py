@@ -106,7 +106,7 @@ def test_the_update_keeps_its_budget_on_every_spectrum(kind, size):
     )
     norm = torch.linalg.matrix_norm(projected)
     assert torch.allclose(batch.square_norms.cpu().sqrt(), norm, rtol=1e-5, atol=1e-6 * float(norm.max()) + 1e-12)
-    assert (batch.nonzero.cpu() == (kind != "zero")).all()
+    assert (batch.moves.cpu() == (kind != "zero")).all()
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])

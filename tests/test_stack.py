@@ -2,11 +2,12 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
 from mofasgd import MoFaSGD
-from mofasgd.buckets import stacked
+from mofasgd.buckets import Inventory, stacked
 
 SHAPE = (12, 9)  # small: the start is the gradient's own SVD, which no parameter's index enters
 
@@ -42,7 +43,7 @@ def test_parameters_of_one_shape_train_as_they_do_alone():
         assert (p - together[place]).abs().max() <= 1e-5
         assert (own.momentum(p) - opt.momentum(together[place])).abs().max() <= 1e-5
         assert own.state[p]["step"] == opt.state[together[place]]["step"]
-    for key in ("U", "s", "V", "initialized", "step"):
+    for key in ("U", "s", "V", "step"):
         assert len({opt.state[p][key].untyped_storage().data_ptr() for p in together}) == 1
 
 
@@ -87,3 +88,31 @@ def test_state_that_others_move_in_memory_is_found():
     for p, q in zip(moved, kept, strict=True):
         assert torch.equal(p, q)
         assert torch.equal(opt.momentum(p), expected.momentum(q))
+
+
+class Other(nn.Parameter):
+    """What `torch.utils.swap_tensors` may put into the object that an optimizer holds."""
+
+
+def swap(params, groups):
+    torch.utils.swap_tensors(params[1], Other(torch.zeros(SHAPE)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        swap,
+        lambda params, groups: groups[0]["params"].reverse(),
+        lambda params, groups: groups[0]["params"].pop(),
+        lambda params, groups: groups[1]["params"].insert(0, groups[0]["params"].pop()),
+        lambda params, groups: groups.__setitem__(0, dict(groups[0])),
+    ],
+    ids=["another kind of tensor", "order", "fewer", "another group", "another dict"],
+)
+def test_a_list_of_parameters_holds_until_they_or_their_groups_change(change):
+    params = weights()
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    listed = Inventory(groups)
+    assert listed.holds(groups)
+    change(params, groups)
+    assert not listed.holds(groups)

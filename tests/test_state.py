@@ -230,3 +230,27 @@ def test_loaded_state_takes_the_state_dtype_of_the_optimizer():
     other.load_state_dict(opt.state_dict())
     assert other.factors(W).U.dtype is torch.float64
     assert torch.equal(other.factors(W).s.float(), opt.factors(W).s)
+
+
+@pytest.mark.parametrize("lost", ["cleared", "removed", "thawed"])
+def test_state_that_is_missing_between_steps_is_made_at_the_next(lost):
+    a, b = (nn.Parameter(torch.randn(9, 8)) for _ in range(2))
+    opt = MoFaSGD([a, b], rank=2)
+    b.requires_grad_(lost != "thawed")
+
+    def step():
+        for p in (a, b):
+            p.grad = torch.randn(9, 8) if p.requires_grad else None
+        opt.step()
+
+    step(), step()
+    if lost == "cleared":
+        opt.state[b].clear()
+    elif lost == "removed":
+        del opt.state[b]
+    b.requires_grad_(True)
+    before = b.detach().clone()
+    # Set anew, it starts as at the first step, and moves.
+    step()
+    assert opt.state[b]["step"] == 1
+    assert not torch.equal(b, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -69,7 +70,7 @@ def adamw_step(
             rounding.write(p, value, start)
 
 
-@dataclass
+@dataclass(slots=True)
 class AdamWMember:
     """An AdamW parameter in this step: the weight, its gradient, its group, its state and how it is rounded.
 
@@ -88,21 +89,27 @@ class AdamWMember:
 
     def bucket(self) -> tuple[Hashable, ...] | None:
         """Return what members of one kernel's launch have in common, or None if no kernel takes this one."""
-        state = self.state
-        read, moments = [self.param, self.grad], [state["exp_avg"], state["exp_avg_sq"]]
+        # Written out: models have hundreds of these at every step.
+        param, grad, state, offset = self.param, self.grad, self.state, self.rounding.offset
+        device, dtype, size = param.device, param.dtype, param.numel()
+        if not usable(device):
+            return None
+        first, second, step = state["exp_avg"], state["exp_avg_sq"], state["step"]
         fits = (
-            usable(self.param.device)
-            and self.param.dtype in (torch.float32, torch.bfloat16)
-            and self.grad.dtype in (torch.float32, torch.bfloat16, torch.float16)
-            and all(t.dtype is torch.float32 for t in (*moments, state["step"]))
-            and all(t.device == self.param.device for t in (*state.values(), self.grad))
-            and all(t.is_contiguous() for t in (*read, *moments))
+            (dtype is torch.bfloat16 or dtype is torch.float32)
+            and grad.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and first.dtype is second.dtype is step.dtype is torch.float32
+            and first.device == second.device == step.device == grad.device == device
+            and param.is_contiguous()
+            and grad.is_contiguous()
+            and first.is_contiguous()
+            and second.is_contiguous()
             # The kernel numbers random words by 32 bits, and two elements share one.
-            and 0 < self.param.numel() < (1 << 33) - self.rounding.offset
+            and 0 < size < (1 << 33) - offset
             # The kernel numbers pairs of elements.
-            and self.rounding.offset % 2 == 0
+            and offset % 2 == 0
         )
-        return (self.param.numel(), self.param.dtype, self.grad.dtype, self.rounding.offset) if fits else None
+        return (size, dtype, grad.dtype, offset) if fits else None
 
 
 class AdamWUpdate:
@@ -124,7 +131,7 @@ class AdamWUpdate:
             self._buckets.setdefault(member.bucket(), []).append(member)
         self.members = list(chain.from_iterable(self._buckets.values()))
         norms = _norms(self.members)
-        self.finite = norms.isfinite()
+        self.finite = norms < math.inf
         self.active = self.finite if gate is None else self.finite & gate.to(norms.device)
         if any(member.present is not None for member in self.members):
             there = torch.ones_like(self.active[0])

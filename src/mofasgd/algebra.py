@@ -153,8 +153,13 @@ def completed(Q: Tensor, rows: int) -> Tensor:
     """
     fill = _filling(Q.shape[-2], rows, Q.shape[-1], Q.device).expand_as(Q)
     fill = torch.baddbmm(fill, Q, Q.mT @ fill, alpha=-1)
-    missing = Q.square().sum(dim=-2, keepdim=True) < 0.5
+    missing = torch.linalg.vector_norm(Q, dim=-2, keepdim=True) < 0.5
     return orthonormal(torch.where(missing, fill, Q))[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _small_filling(height: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    return torch.nn.functional.pad(_small_gaussian(rows, columns, device), (0, 0, 0, height - rows))
 
 
 @functools.lru_cache(maxsize=64)
@@ -165,6 +170,8 @@ def _small_gaussian(rows: int, columns: int, device: torch.device) -> Tensor:
 
 def _filling(height: int, rows: int, columns: int, device: torch.device) -> Tensor:
     """Return a matrix (height, columns) without structure in its first `rows`, and zeros below."""
+    if height <= 2 * _WIDEST:
+        return _small_filling(height, rows, columns, device)
     make = _small_gaussian if rows <= _WIDEST else functools.partial(gaussian, key=0, dtype=torch.float64)
     found: Tensor = torch.nn.functional.pad(make(rows, columns, device=device), (0, 0, 0, height - rows))
     return found
@@ -208,7 +215,9 @@ def _leading_space(core: Tensor, rank: int) -> Tensor:
 
 
 def observed(grams: Tensor, s: Tensor) -> tuple[Small, Tensor, Tensor, Tensor]:
-    """Return what the update needs, which matrices' sketches are finite and not zero, and |Ghat|^2 (B,) float64.
+    """Return what the update needs, whether sketches are finite, which are not zero either, and |Ghat|^2 of these.
+
+    Flags are (B,), squared norms (B,) float64, 0 where the sketch is not finite.
 
     Args:
         grams: as in `Small`, of all stored columns; anything where a sketch is not finite.
@@ -223,7 +232,9 @@ def observed(grams: Tensor, s: Tensor) -> tuple[Small, Tensor, Tensor, Tensor]:
     C = grams[0, :, :r, r:] * real[:, :, None] * real[:, None, :]
     total = (squares[:, r:] * real).sum(dim=-1)
     norms = (total - C.square().sum(dim=(-2, -1))).clamp(min=0)
-    return Small(grams, s * real, real, C), finite & (norms < math.inf), total > 0, norms
+    finite = finite & (norms < math.inf)
+    moves = finite & (total > 0)
+    return Small(grams, s * real, real, C), finite, moves, torch.where(moves, norms, 0.0)
 
 
 def solve(small: Small, beta: float | Tensor, factor: Tensor | None) -> Weights:
@@ -244,7 +255,7 @@ def solve(small: Small, beta: float | Tensor, factor: Tensor | None) -> Weights:
     B = torch.addcmul(Tu[:, :, :r] * decayed[:, None, :], Tu[:, :, r:], f[:, None, :])
     B = torch.baddbmm(B, A, small.C, alpha=-1)
     core = torch.baddbmm(B @ Tv[:, :, :r].mT, A, Tv[:, :, r:].mT)
-    size = core.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=1e-300)
+    size = torch.linalg.vector_norm(core, torch.inf, dim=(-2, -1), keepdim=True).clamp(min=1e-300)
     core = core / size
 
     # Completions lie in the coordinates of U and V, which are always there.

@@ -19,7 +19,7 @@ TILE = 1 << 24
 """Elements of a low-precision weight that are updated at a time; bounds the float32 copies (64 MiB each)."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Rounding:
     """How results are written into a weight of lower precision.
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
-from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch.optim import Optimizer
 
 from mofasgd.attach import Handle
 from mofasgd.attach.window import Window
+from mofasgd.buckets import Inventory, Owned, same
 from mofasgd.dist.reduce import Ranks, Traffic, checksum
 from mofasgd.dist.shards import group_of, is_sharded
 from mofasgd.exchange import Exchange, ShardedGradient, exchange
@@ -52,6 +51,9 @@ class FactoredOptimizer(Optimizer):
     _met: bool
     _check_every: int
     _exchanged: int
+    # What has been listed, and the state that was found complete; copies begin without.
+    _inventory: Inventory | None = None
+    _complete: tuple[list[Owned], list[Tensor], list[Any], list[Tensor]] | None = None
 
     def _step_in_backward(self, index: int, param: Tensor, group: Group) -> None:
         raise NotImplementedError
@@ -87,23 +89,40 @@ class FactoredOptimizer(Optimizer):
         # What each rank has drawn for itself becomes rank 0's.
         self._met = False
 
-    def _parameters(self) -> Iterator[tuple[int, Tensor, Group]]:
-        """Yield (index as in state_dict, parameter, group)."""
-        pairs = chain.from_iterable(((p, g) for p in g["params"]) for g in self.param_groups)
-        for index, (param, group) in enumerate(pairs):
-            yield index, param, group
+    def _parameters(self) -> list[Owned]:
+        """Return (index as in state_dict, parameter, group) of all; the same list until they change."""
+        if self._inventory is None or not self._inventory.holds(self.param_groups):
+            self._inventory = Inventory(self.param_groups)
+        return self._inventory.owned
 
     def materialize(self) -> None:
         """Make the state of every trainable parameter now, pending, without a gradient (for checkpoint libraries)."""
-        for index, param, group in self._parameters():
-            if (param.requires_grad or param.grad is not None) and not self.state[param]:
-                self.state[param] = self._new_state(index, param, group)
+        owned = self._parameters()
+        if not self._is_complete(owned):
+            for index, param, group in owned:
+                if (param.requires_grad or param.grad is not None) and not self.state[param]:
+                    self.state[param] = self._new_state(index, param, group)
+            without = [param for _, param, _ in owned if not self.state.get(param)]
+            self._complete = owned, list(self.state), list(self.state.values()), without
         if self._pending is None:
             # What a library has replaced: torch's state_dict knows only what is in the groups.
-            own = {param for _, param, _ in self._parameters()}
+            own = {param for _, param, _ in owned}
             for param in [param for param in self.state if param not in own]:
                 del self.state[param]
             self._pending = waiting({p: s for p, s in self.state.items() if "initialized" in s})
+
+    def _is_complete(self, owned: list[Owned]) -> bool:
+        """Whether `materialize` has found all state there, and nothing has changed since."""
+        if self._complete is None:
+            return False
+        listed, params, states, without = self._complete
+        return (
+            owned is listed
+            and same(list(self.state), params)
+            and same(list(self.state.values()), states)
+            and all(states)
+            and not any(param.requires_grad or param.grad is not None for param in without)
+        )
 
     def _new_state(self, index: int, param: Tensor, group: Group) -> dict[str, Tensor]:
         self._pending = None
@@ -177,9 +196,14 @@ class FactoredOptimizer(Optimizer):
         """What this rank has given to all-reduces for the steps taken so far."""
         return self._traffic
 
+    def _sharded(self) -> list[Tensor]:
+        self._parameters()
+        assert self._inventory is not None
+        return self._inventory.sharded
+
     def _join(self) -> Ranks | None:
         """Return the ranks that train with this one, None if there are none."""
-        group = group_of(param for _, param, _ in self._parameters())
+        group = group_of(self._sharded())
         if group is None and self._handle is not None and self._handle.replicas is not None:
             group = self._handle.replicas.group
         if group is None:
@@ -190,8 +214,8 @@ class FactoredOptimizer(Optimizer):
 
     def _exchange(self) -> Exchange:
         """Sum over ranks what this step reads of gradients."""
-        ranks, sharded = self._join(), any(is_sharded(p) for _, p, _ in self._parameters())
-        if ranks is None and not sharded:
+        ranks = self._join()
+        if ranks is None and not self._sharded():
             return Exchange()
         if self._handle is not None:
             # A rank to which no batch came has not called the model since parameters were frozen or added.
@@ -202,7 +226,7 @@ class FactoredOptimizer(Optimizer):
         for index, param, group in self._parameters():
             if group["algorithm"] == "adamw":
                 adamw.append(param)
-            elif self._handle is not None and self._handle.sketches(param):
+            elif self._handle is not None and param in self._handle.windows:
                 windows[param] = self._handle.sum(param)
             elif is_sharded(param) and param.grad is not None:
                 place = (self.seed, index, param, group, self.state[param])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mofasgd.dist.shards import Part, part_of
+from mofasgd.dist.shards import Part, is_sharded, part_of
 from mofasgd.gradient import Gradient
 from mofasgd.layout import MatrixShape
 from mofasgd.options import Group
@@ -19,6 +19,38 @@ from mofasgd.state import factored_shape
 
 Owned = tuple[int, Tensor, Group]
 """A parameter: its number in the optimizer, itself, its group."""
+
+
+class Inventory:
+    """The parameters of an optimizer's groups, listed once for as long as they are the same objects.
+
+    Attributes:
+        owned: all of them, numbered over the groups.
+        sharded: those that are DTensors.
+    """
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        pairs = [(p, group) for group in groups for p in group["params"]]
+        self.owned: list[Owned] = [(i, p, group) for i, (p, group) in enumerate(pairs)]
+        self._params = [p for p, _ in pairs]
+        self._groups, self._sizes = list(groups), [len(group["params"]) for group in groups]
+        self._types = list(map(type, self._params))
+        self.sharded = [p for p in self._params if is_sharded(p)]
+
+    def holds(self, groups: Sequence[Group]) -> bool:
+        """Whether these groups have the same parameters. No tensor is hashed, which would be Python of torch's."""
+        params = [p for group in groups for p in group["params"]]
+        return (
+            same(params, self._params)
+            and same(groups, self._groups)
+            and [len(group["params"]) for group in groups] == self._sizes
+            and list(map(type, params)) == self._types
+        )
+
+
+def same(these: Sequence[Any], those: Sequence[Any]) -> bool:
+    """Whether two sequences hold the same objects."""
+    return len(these) == len(those) and all(map(is_, these, those))
 
 
 @dataclass
@@ -66,21 +98,32 @@ class Bucket:
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
+        self._states = [member.state for member in members]
         self._stacks: dict[str, tuple[list[Tensor], Tensor]] = {}
+        self._keys: tuple[int, Tensor] | None = None
+        self._ones: Tensor | None = None
 
     def stack(self, key: str) -> Tensor:
         """Return an entry of all members' state as one tensor (count, ...) that shares their memory."""
-        parts = [member.state[key] for member in self.members]
+        parts = [state[key] for state in self._states]
         known, stack = self._stacks.get(key, ((), None))
-        if stack is None or not all(map(is_, parts, known)) or parts[-1].data_ptr() != stack[-1].data_ptr():
-            stack = stacked([member.state for member in self.members], key)
-            self._stacks[key] = [member.state[key] for member in self.members], stack
+        if stack is None or not all(map(is_, parts, known)) or parts[0].data_ptr() != stack.data_ptr():
+            stack = stacked(self._states, key)
+            self._stacks[key] = [state[key] for state in self._states], stack
         return stack
 
     def rounding_keys(self, seed: int) -> Tensor:
         """Return the members' random keys, rows of `rng.key_tensor`."""
-        keys = tuple(key_of(seed, ROUNDING, member.index) for member in self.members)
-        return keys_on(keys, self.members[0].param.device)
+        if self._keys is None or self._keys[0] != seed:
+            keys = tuple(key_of(seed, ROUNDING, member.index) for member in self.members)
+            self._keys = seed, keys_on(keys, self.members[0].param.device)
+        return self._keys[1]
+
+    def ones(self, like: Tensor) -> Tensor:
+        """Return ones like a tensor (B,) of the members' matrices, made once."""
+        if self._ones is None or self._ones.dtype is not like.dtype:
+            self._ones = torch.ones_like(like)
+        return self._ones
 
 
 class Arrangement:
@@ -95,20 +138,21 @@ class Arrangement:
 
     def __init__(
         self,
-        parameters: Iterable[Owned],
+        owned: list[Owned],
         states: Mapping[Tensor, dict[str, Tensor]],
         pending: Mapping[Tensor, list[int]],
     ) -> None:
-        """Arrange `parameters` by their `states` (those without any are left out).
+        """Arrange the parameters `owned` by their `states` (those without any are left out).
 
         Raises:
             ValueError: if a group's rank is no longer that of a parameter's state.
         """
-        owned = list(parameters)
         self.unfactored = [(i, p, group) for i, p, group in owned if group["algorithm"] == "adamw"]
-        # Held, so that their ids stay theirs.
-        self._of = [(p, group, states.get(p)) for _, p, group in owned], pending
-        self._seen = _look(owned, states)
+        # The states are held, so that their ids stay theirs.
+        self._of = owned, pending, list(states.items())
+        self._params = [p for _, p, _ in owned]
+        self._groups = list({id(group): group for _, _, group in owned}.values())
+        self._seen = self._look(states)
         buckets: dict[tuple[Any, ...], list[Member]] = {}
         for index, param, group in owned:
             state = states.get(param)
@@ -130,20 +174,24 @@ class Arrangement:
 
     def fits(
         self,
-        parameters: Iterable[Owned],
+        owned: list[Owned],
         states: Mapping[Tensor, dict[str, Tensor]],
         pending: Mapping[Tensor, list[int]],
     ) -> bool:
-        """Whether these arguments of the constructor would make the same."""
-        return pending is self._of[1] and _look(parameters, states) == self._seen
+        """Whether these arguments of the constructor would make the same; `owned` is one list until it changes."""
+        return owned is self._of[0] and pending is self._of[1] and self._look(states) == self._seen
 
-
-def _look(parameters: Iterable[Owned], states: Mapping[Tensor, dict[str, Tensor]]) -> list[tuple[Any, ...]]:
-    """Return what an arrangement depends on."""
-    return [
-        (id(p), id(group), id(states.get(p)), p.dtype, p.device, p.shape, group.get("rank"), group.get("layout"))
-        for _, p, group in parameters
-    ]
+    def _look(self, states: Mapping[Tensor, dict[str, Tensor]]) -> tuple[list[Any], ...]:
+        """Return what else an arrangement depends on, an entry for each parameter, state or group."""
+        params = self._params
+        return (
+            [p.dtype for p in params],
+            [p.device for p in params],
+            [p.shape for p in params],
+            list(map(id, states)),
+            list(map(id, states.values())),
+            [(group["algorithm"], group.get("rank"), group.get("layout")) for group in self._groups],
+        )
 
 
 def stacked(states: Sequence[dict[str, Tensor]], key: str) -> Tensor:

@@ -14,14 +14,14 @@ def measure(
     """Return the norm of the gradient, 0-dim float64, and the factor by which it is to be multiplied (None: 1).
 
     Args:
-        squares: squared norms of the parameters' gradients, 0-dim float64, on any devices.
+        squares: squared norms of the parameters' gradients, float64 of any shapes, on any devices.
         max_norm: norm to clip to, or None.
         grad_scale: what the gradients have been multiplied by (GradScaler), one element, or None.
     """
     if not squares:
         return torch.zeros((), dtype=torch.float64), None
     device = squares[0].device
-    norm = torch.stack([s.to(device) for s in squares]).sum().sqrt()
+    norm = torch.cat([s.reshape(-1).to(device) for s in squares]).sum().sqrt()
     factor = None
     if grad_scale is not None:
         factor = 1 / grad_scale.reshape(()).to(device, torch.float64)

@@ -65,13 +65,14 @@ class Context:
         return active if self.gate is None else active & self.gate.to(active.device)
 
 
-def lr_factor(group: Group, shape: MatrixShape, square_norm: Tensor) -> float | Tensor:
+def lr_factor(group: Group, shape: MatrixShape, square_norm: Tensor | None) -> float | Tensor:
     """Return the factor of lr for weights of `shape` (`lr_scale`, DESIGN section 2).
 
     Args:
         group: with `lr_scale` and `transposed`.
         shape: m and n are used.
-        square_norm: (B,), |D|_F^2 of the step, equal to the number of directions that move if it is U V' alone.
+        square_norm: (B,), |D|_F^2 of the step, equal to the number of directions that move if it is U V' alone;
+            only "match_rms_adamw" reads it.
 
     Returns:
         "none": 1. "spectral": sqrt(max(1, out / in)). "match_rms_adamw": what makes the root mean square of the
@@ -82,6 +83,7 @@ def lr_factor(group: Group, shape: MatrixShape, square_norm: Tensor) -> float | 
     if group["lr_scale"] == "spectral":
         out, inp = (shape.n, shape.m) if group["transposed"] else (shape.m, shape.n)
         return math.sqrt(max(1.0, out / inp))
+    assert square_norm is not None
     # A step that is zero needs no scale; the bound only keeps 0 * inf away.
     return 0.2 * (shape.m * shape.n / square_norm.clamp(min=0.5)).sqrt()
 
@@ -130,6 +132,7 @@ class Update:
     """
 
     problem: ExactProblem | GramProblem | None
+    starts = False
 
     def __init__(self, bucket: Bucket, context: Context) -> None:
         self.bucket, self.members, self.context = bucket, bucket.members, context
@@ -146,13 +149,25 @@ class Update:
     def observe(self) -> None:
         """Set `finite`, `active` and `square_norms` by the sketches, once their problem has been measured."""
         assert self.problem is not None
-        self.judge(self.problem.finite, self.problem.nonzero, self.problem.square_norms)
+        self.judge(self.problem.finite, self.problem.moves, self.problem.square_norms)
 
-    def judge(self, finite: Tensor, nonzero: Tensor, squares: Tensor) -> None:
-        """Decide which matrices move: a parameter is skipped as a whole, a zero slice of a stack on its own."""
+    def judge(self, finite: Tensor, moves: Tensor, squares: Tensor) -> None:
+        """Decide which matrices move: a parameter is skipped as a whole, a zero slice of a stack on its own.
+
+        Args:
+            finite, moves: (B,), whether a matrix's sketch is finite; and not zero either.
+            squares: (B,) float64, |Ghat|^2, 0 where it does not move.
+        """
         self.finite = self._by_parameter(finite)
-        self.active = self.context.gated(self._by_matrix(self.finite) & nonzero)
+        if self._each():
+            self.active, self.square_norms = moves, squares
+            return
+        self.active = self.context.gated(self._by_matrix(self.finite) & moves)
         self.square_norms = torch.where(self.active, squares, 0.0)
+
+    def _each(self) -> bool:
+        """Whether every matrix is a parameter, and no gate closes: nothing but its sketch decides then."""
+        return self.b == 1 and self.context.gate is None
 
     def _by_parameter(self, flags: Tensor) -> Tensor:
         """Return whether all matrices of a parameter have the flag (count,)."""
@@ -204,10 +219,7 @@ class Update:
 
     def take(self, after: Factors, factor: Tensor | None) -> None:
         """Advance momenta and weights; `factor` (0-dim) has scaled the gradient of the factors `after`."""
-        # Finite sketches may still add up to a momentum beyond the largest number.
-        fits = self._by_parameter((after.s.sum(dim=-1) < math.inf) | ~self.active)
-        self.finite = self.finite & fits
-        active = self.active & self._by_matrix(fits)
+        active = self._remaining(after)
         before = None if self.context.displace is None else self.before()
         spaces = self.spaces() if self.group["complement"] else None
         self._store(after, active)
@@ -221,12 +233,24 @@ class Update:
                 member.spaces = (spaces[0][part], spaces[1][part])
             self._move(member, part, before, active[part])
 
+    def _remaining(self, after: Factors) -> Tensor:
+        """Return the matrices that move (B,), less those of a parameter whose momentum overflows."""
+        known = self.problem.outcome() if self.problem is not None and self._each() else None
+        if known is not None:
+            self.finite, active = known
+            return active
+        # Finite sketches may still add up to a momentum beyond the largest number.
+        fits = self._by_parameter((after.s.sum(dim=-1) < math.inf) | ~self.active)
+        self.finite = self.finite & fits
+        return self.active & self._by_matrix(fits)
+
     def _store(self, after: Factors, active: Tensor) -> None:
         """Put `after` into the state where active."""
         for new, old in zip(after, self.stored, strict=True):
             mask = active.view(-1, *[1] * (old.dim() - 1))
             torch.where(mask, new.view(old.shape), old, out=old)
-        self.bucket.stack("initialized").view(-1).logical_or_(active)
+        if self.starts:
+            self.bucket.stack("initialized").view(-1).logical_or_(active)
         self.steps = self.bucket.stack("step")
         self.steps += active if self.b == 1 else active.view(-1, self.b).any(dim=1)
 
@@ -235,7 +259,10 @@ class Update:
         param, U = self.members[0].param, self.stored.U
         plain = param.dtype in (torch.float32, torch.bfloat16) and U.dtype is torch.float32
         small = param.numel() < 1 << 33
-        return plain and small and usable(param.device) and all(local(m.param).is_contiguous() for m in self.members)
+        if not (plain and small and usable(param.device)):
+            return False
+        held = [m.param if m.part is None else local(m.param) for m in self.members]
+        return all(map(Tensor.is_contiguous, held))
 
     def _rates(self, active: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor | None]:
         """Return lr * scale where active (B,), and what decay leaves of each matrix (B,), None: all."""
@@ -252,18 +279,22 @@ class Update:
 
         U, s, V = self.stored
         height = heights(self.group, s)
-        square_norm = height.square().sum(dim=-1)
+        # Most rules of lr do not read it.
+        square_norm = height.square().sum(dim=-1) if self.group["lr_scale"] == "match_rms_adamw" else None
         if spaces is not None:
             transposed = self.group["transposed"]
             c = complement_scale(self.group["complement"], self.shape.m, self.shape.n)
             residual = residual_factors(gradients, *(space.contiguous() for space in spaces))
             scales = row_scales(gradients, residual, transposed=transposed) * c
-            square_norm = square_norm + c * c * row_norm(scales)
+            square_norm = None if square_norm is None else square_norm + c * c * row_norm(scales)
         rates, keep = self._rates(active, lr_factor(self.group, self.shape, square_norm))
-        keep = torch.ones_like(rates) if keep is None else keep
+        keep = self.bucket.ones(rates) if keep is None else keep
         keys = self.bucket.rounding_keys(self.context.seed)
         weights = [member.param for member in self.members]
-        left, how = U * (height * rates[:, None])[:, None, :], self.context.stochastic_rounding
+        # In the dtype in which kernels multiply it: rounded once, in one launch.
+        left = torch.empty_like(U, dtype=self.members[0].param.dtype)
+        torch.mul(U, (height * rates[:, None])[:, None, :], out=left)
+        how = self.context.stochastic_rounding
         first = self.members[0]
         if first.part is not None:
             if local(first.param).numel():

@@ -16,7 +16,7 @@ from mofasgd.attach.window import Window
 from mofasgd.base import FactoredOptimizer, alone
 from mofasgd.buckets import Arrangement, Bucket, Member
 from mofasgd.clipping import count_bad, measure
-from mofasgd.dist.shards import is_sharded, local, part_of
+from mofasgd.dist.shards import local, part_of
 from mofasgd.exchange import Exchange
 from mofasgd.factored import Context, Displace, Update, observe_all, take_all
 from mofasgd.gradient import DenseGradient
@@ -185,10 +185,14 @@ class MoFaSGD(FactoredOptimizer):
         self.materialize()
         gate = found_inf.reshape(()) == 0 if isinstance(found_inf, Tensor) else None
 
-        self._check()
-        updates = self._observe(gate, self._exchange())
+        arranged = self._check()
+        exchanged = self._exchange()
+        if self._ranks is not None:
+            # What ranks held otherwise has been replaced.
+            arranged = self._arranged()
+        updates = self._observe(gate, arranged, exchanged)
         observe_all([update for update in updates if isinstance(update, Update)])
-        squares = self._taken.squares + [update.square_norms.sum() for update in updates]
+        squares = self._taken.squares + [update.square_norms for update in updates]
         self._norm, factor = measure(squares, self.max_grad_norm, grad_scale)
         take_all([update for update in updates if isinstance(update, Update)], factor)
         for update in updates:
@@ -200,12 +204,12 @@ class MoFaSGD(FactoredOptimizer):
         self._taken = Taken()
         self._compare_often()
         if self._handle is not None:
-            self._handle.next_window()
+            self._handle.next_window(arranged.buckets)
         return loss
 
-    def _observe(self, gate: Tensor | None, exchanged: Exchange) -> list[Update | AdamWUpdate]:
+    def _observe(self, gate: Tensor | None, arranged: Arrangement, exchanged: Exchange) -> list[Update | AdamWUpdate]:
         """Return the observed parameters with a gradient, the factored ones in batches."""
-        arranged, context = self._arranged(), self._context(gate)
+        context = self._context(gate)
         unfactored: dict[tuple[Any, ...], list[AdamWMember]] = {}
         for index, param, group in arranged.unfactored:
             plain = self._plain(index, param, group, exchanged)
@@ -213,31 +217,30 @@ class MoFaSGD(FactoredOptimizer):
                 unfactored.setdefault((id(group), param.device), []).append(plain)
         updates: list[Update | AdamWUpdate] = [AdamWUpdate(plain, gate) for plain in unfactored.values()]
         for members, pending in arranged.starting:
-            seen = [member for member in members if self._sees_gradient(member, exchanged)]
+            self._see_gradients(members, exchanged)
+            seen = [member for member in members if member.gradient is not None]
             count = Start.most(members[0])
             buckets = (Bucket(seen[i : i + count]) for i in range(0, len(seen), count))
             updates += [Start(bucket, pending, context) for bucket in buckets]
         for bucket in arranged.buckets:
             # One without a gradient stays beside the others, lest their state be moved in memory.
-            some = False
-            for member in bucket.members:
-                some |= self._sees_gradient(member, exchanged)
-            if some:
+            if self._see_gradients(bucket.members, exchanged):
                 updates.append(Update(bucket, context))
         return updates
 
-    def _check(self) -> None:
+    def _check(self) -> Arrangement:
         """Raise ValueError for what no step can be taken with, before any gradient is read or sketch used up."""
         for index, param, _ in self._parameters():
-            if param.grad is not None and param.grad.is_sparse:
+            if (grad := param.grad) is not None and grad.is_sparse:
                 raise ValueError(f"parameter {index} has a sparse gradient: build its embedding with sparse=False")
-        self._arranged()
+        return self._arranged()
 
     def _arranged(self) -> Arrangement:
         """Return how the parameters step together; raise ValueError if one cannot, before any gradient is read."""
         assert self._pending is not None
-        if self._arrangement is None or not self._arrangement.fits(self._parameters(), self.state, self._pending):
-            self._arrangement = Arrangement(self._parameters(), self.state, self._pending)
+        owned = self._parameters()
+        if self._arrangement is None or not self._arrangement.fits(owned, self.state, self._pending):
+            self._arrangement = Arrangement(owned, self.state, self._pending)
         return self._arrangement
 
     def _context(self, gate: Tensor | None) -> Context:
@@ -245,30 +248,39 @@ class MoFaSGD(FactoredOptimizer):
 
     def _plain(self, index: int, param: Tensor, group: Group, exchanged: Exchange) -> AdamWMember | None:
         """Return an AdamW parameter, or what this rank holds of it; None without a gradient."""
-        own, state = exchanged.plain.get(param), self.state[param]
-        if own is None and param.grad is None:
+        own, grad = exchanged.plain.get(param) if exchanged.plain else None, param.grad
+        if own is None and grad is None:
             return None
+        state = self.state[param]
         rounding = Rounding.of(self.stochastic_rounding, self.seed, index, state["step"])
         if own is None:
-            assert param.grad is not None
-            return AdamWMember(param, param.grad, group, state, rounding)
+            assert grad is not None
+            return AdamWMember(param, grad, group, state, rounding)
         part = part_of(param)
         if part is not None:
             rounding = replace(rounding, offset=part.offset(param.shape))
         held = {key: local(value) for key, value in state.items()}
         return AdamWMember(local(param), own.grad, group, held, rounding, own.present, own.square)
 
-    def _sees_gradient(self, member: Member, exchanged: Exchange) -> bool:
-        """Note what this step reads of a member's gradient; return whether there is one."""
-        param, member.gradient = member.param, None
-        if self._handle is not None and self._handle.sketches(param):
-            self._refuse_full_gradient(member.group)
-            member.gradient = self._handle.gradient(param)
-        elif is_sharded(param):
-            member.gradient = exchanged.windows.get(param)
-        elif param.grad is not None:
-            member.gradient = DenseGradient(param.grad, member.shape)
-        return member.gradient is not None
+    def _see_gradients(self, members: Sequence[Member], exchanged: Exchange) -> bool:
+        """Note what this step reads of the gradients of members of one group; return whether there is one."""
+        handle, some = self._handle, False
+        windows = {} if handle is None else handle.windows
+        refused = self._reads_gradient(members[0].group) is not None
+        for member in members:
+            param = member.param
+            window = windows.get(param) if windows else None
+            if handle is not None and window is not None:
+                if refused:
+                    self._refuse_full_gradient(member.group)
+                member.gradient = handle.gradient(window)
+            elif member.part is not None:
+                member.gradient = exchanged.windows.get(param)
+            else:
+                grad = param.grad
+                member.gradient = None if grad is None else DenseGradient(grad, member.shape)
+            some = some or member.gradient is not None
+        return some
 
     def _reads_gradient(self, group: Group) -> str | None:
         """Return what makes the step of a group of factored parameters read G itself, or None: its sketches do."""
@@ -283,7 +295,7 @@ class MoFaSGD(FactoredOptimizer):
         context = self._context(None)
         member = Member(index, param, group, self.state[param], factored_shape(param, group)[0])
         window = self._average(param, group)
-        self._sees_gradient(member, Exchange())
+        self._see_gradients([member], Exchange())
         member.gradient = window or member.gradient
         bucket = Bucket([member])
         update = Start(bucket, pending, context) if pending else Update(bucket, context)

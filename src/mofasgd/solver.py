@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Protocol
@@ -25,12 +26,15 @@ class Problem(Protocol):
         """Bool (B,): the sketches and their squares are; those by completion columns do not count."""
 
     @property
-    def nonzero(self) -> Tensor:
-        """Bool (B,): some sketch is."""
+    def moves(self) -> Tensor:
+        """Bool (B,): finite, and some sketch is not zero."""
 
     @property
     def square_norms(self) -> Tensor:
-        """(B,) float64: |Ghat|^2."""
+        """(B,) float64: |Ghat|^2, 0 where it does not move."""
+
+    def outcome(self) -> tuple[Tensor, Tensor] | None:
+        """Return, once solved, `finite` and `moves` less what the momentum's overflow takes away; None: not known."""
 
     @property
     def before(self) -> Factors:
@@ -54,9 +58,11 @@ class ExactProblem:
         # LAPACK refuses NaN.
         mask = finite[:, None, None]
         self.GV, self.GtU = torch.where(mask, GV, 0.0), torch.where(mask, GtU, 0.0)
-        self.nonzero = (self.GV != 0).any(-1).any(-1) | (self.GtU != 0).any(-1).any(-1)
-        self.square_norms = tangent_square_norm(self.before.U, self.GV, self.GtU)
-        self.finite = finite & self.square_norms.isfinite()
+        nonzero = (self.GV != 0).any(-1).any(-1) | (self.GtU != 0).any(-1).any(-1)
+        squares = tangent_square_norm(self.before.U, self.GV, self.GtU)
+        self.finite = finite & squares.isfinite()
+        self.moves = self.finite & nonzero
+        self.square_norms = torch.where(self.moves, squares, 0.0)
 
     def spaces(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """See `Problem`."""
@@ -69,6 +75,9 @@ class ExactProblem:
         if factor is not None:
             GV, GtU = GV * factor.to(GV.device), GtU * factor.to(GV.device)
         return update_factors(*self.before, GV, GtU, self.beta)
+
+    def outcome(self) -> None:
+        """See `Problem`."""
 
 
 class GramProblem:
@@ -86,9 +95,9 @@ class GramProblem:
         return self.batch.finite[self.part]
 
     @property
-    def nonzero(self) -> Tensor:
+    def moves(self) -> Tensor:
         """See `Problem`."""
-        return self.batch.nonzero[self.part]
+        return self.batch.moves[self.part]
 
     @property
     def square_norms(self) -> Tensor:
@@ -112,10 +121,13 @@ class GramProblem:
         """See `Problem`."""
         left, s, right = (part[self.part] for part in self.batch.solution(factor))
         return Factors(
-            combine(self.stored.U, self.GV, left, active),
-            s.to(self.stored.s.dtype),
-            combine(self.stored.V, self.GtU, right, active),
+            combine(self.stored.U, self.GV, left, active), s, combine(self.stored.V, self.GtU, right, active)
         )
+
+    def outcome(self) -> tuple[Tensor, Tensor]:
+        """See `Problem`."""
+        finite, moves = self.batch.outcome
+        return finite[self.part], moves[self.part]
 
 
 class GramBatch:
@@ -123,26 +135,37 @@ class GramBatch:
 
     Attributes:
         small: what is read of all their tall matrices.
-        finite, nonzero, square_norms: as in `Problem`, of all their matrices.
+        finite, moves, square_norms: as in `Problem`, of all their matrices.
+        outcome: the same, once there is a solution.
     """
+
+    outcome: tuple[Tensor, Tensor]
 
     def __init__(self, members: Sequence[GramProblem]) -> None:
         self.beta, ends = members[0].beta, list(accumulate((len(m.stored.s) for m in members), initial=0))
         s = torch.cat([member.stored.s for member in members])
-        total, rank = s.shape
+        self.dtype, (total, rank) = s.dtype, s.shape
         grams = torch.empty(2, total, 2 * rank, 2 * rank, dtype=torch.float64, device=s.device)
         for member, first, end in zip(members, ends, ends[1:], strict=False):
             member.batch, member.part = self, slice(first, end)
             gram(member.stored.U, member.GV, grams[0, first:end])
             gram(member.stored.V, member.GtU, grams[1, first:end])
-        self.small, self.finite, self.nonzero, self.square_norms = observed(grams, s)
+        self.small, self.finite, self.moves, self.square_norms = observed(grams, s)
         self._solution: Weights | None = None
 
     def solution(self, factor: Tensor | None) -> Weights:
-        """Return the weights of all problems; the first call decides on the `factor` (0-dim) of the gradients."""
+        """Return the weights of all problems, s in the dtype of the state.
+
+        The first call decides on the `factor` (0-dim) of the gradients.
+        """
         if self._solution is None:
             here = None if factor is None else factor.to(self.finite.device, torch.float64)
-            self._solution = solve(self.small, self.beta, here)
+            left, s, right = solve(self.small, self.beta, here)
+            s = s.to(self.dtype)
+            self._solution = Weights(left, s, right)
+            # Finite sketches may still add up to a momentum beyond the largest number.
+            fits = s.sum(dim=-1) < math.inf
+            self.outcome = self.finite & (fits | ~self.moves), self.moves & fits
         return self._solution
 
 

@@ -19,6 +19,8 @@ _TOGETHER = 1 << 26
 class Start(Update):
     """Parameters of one shape and group in their first window; one stack alone may hold started matrices as well."""
 
+    starts = True
+
     def __init__(self, bucket: Bucket, pending: list[int], context: Context) -> None:
         """Observe parameters whose matrices number `pending` (of b each) have no momentum yet."""
         members = bucket.members
@@ -52,26 +54,28 @@ class Start(Update):
         finite = torch.stack([t.isfinite().all(-1).all(-1) for t in joined]).all(dim=0)
         nonzero = torch.stack([(t != 0).any(-1).any(-1) for t in joined]).any(dim=0)
         # M_1 is found at a power of two of its size, which may be out of range until the gradient is clipped.
-        joined = [clean(t, finite & nonzero) for t in joined]
+        moves = finite & nonzero
+        joined = [clean(t, moves) for t in joined]
         scale = power_of_two(*joined)
         self.first = first_factors(self.context.solver, firsts, [t / scale for t in joined])
         self.s = self.first.s.double() * scale[..., 0]
         squares = self.s.square().sum(dim=-1)
         # A factorization that failed is no number either, and would spoil the norm of all.
-        self.found = finite & (squares < torch.inf), nonzero, squares
+        finite, moves = finite & (squares < torch.inf), moves & (squares < torch.inf)
+        self.found = finite, moves, torch.where(moves, squares, 0.0)
 
     def observe(self) -> None:
         """Set `finite`, `active` and `square_norms` by the sketches."""
-        finite, nonzero, squares = self.found
+        finite, moves, squares = self.found
         if self.every:
-            self.judge(finite, nonzero, squares)
+            self.judge(finite, moves, squares)
             return
         super().observe()
         # The parameter's finiteness is that of both its parts.
         all_finite = self.finite.repeat_interleave(self.b).index_copy(0, self.pending, finite)
         self.judge(
             all_finite,
-            self.active.index_copy(0, self.pending, nonzero),
+            self.active.index_copy(0, self.pending, moves),
             self.square_norms.index_copy(0, self.pending, squares),
         )
 

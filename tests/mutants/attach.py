@@ -55,8 +55,8 @@ MUTANTS = [
     Mutant(
         "sketches outlive the step",
         "attach/handle.py",
-        "            window.open(pending.get(param, []))\n",
-        "            if window.pending:\n                window.open(pending.get(param, []))\n",
+        "            window.open(pending.get(window.param, []) if pending else [])\n",
+        "            if window.pending:\n                window.open(pending.get(window.param, []))\n",
         "test_attach.py::test_sketches_are_forgotten_by_either_zero_grad_and_by_step_and_outlive_nothing_else",
     ),
     Mutant(
@@ -195,8 +195,8 @@ MUTANTS = [
     Mutant(
         "a complement asked for later is ignored",
         "optimizer.py",
-        "            self._refuse_full_gradient(member.group)\n",
-        "",
+        "                if refused:\n",
+        "                if False:\n",
         "test_attach.py::test_what_reads_the_full_gradient_is_refused_with_the_reason",
     ),
     Mutant(
@@ -272,9 +272,9 @@ MUTANTS = [
     Mutant(
         "a step is refused after its sketches are used up",
         "optimizer.py",
-        "            self._arrangement = Arrangement(self._parameters(), self.state, self._pending)\n",
+        "            self._arrangement = Arrangement(owned, self.state, self._pending)\n",
         "            self._handle and self._handle.clear()\n"
-        "            self._arrangement = Arrangement(self._parameters(), self.state, self._pending)\n",
+        "            self._arrangement = Arrangement(owned, self.state, self._pending)\n",
         "test_attach_failures.py::test_a_refused_step_uses_up_no_sketch",
     ),
 ]

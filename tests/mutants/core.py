@@ -76,9 +76,9 @@ MUTANTS = [
     ),
     Mutant(
         "a zero sketch is a gradient",
-        "factored.py",
-        "self.context.gated(self._by_matrix(self.finite) & nonzero)",
-        "self.context.gated(self._by_matrix(self.finite))",
+        "algebra.py",
+        "moves = finite & (total > 0)",
+        "moves = finite",
         "test_robustness.py::test_zero_or_missing_gradients_move_nothing_and_leave_the_start_pending",
     ),
     Mutant(
@@ -104,8 +104,8 @@ MUTANTS = [
     ),
     Mutant(
         "overflowing momentum is stored",
-        "factored.py",
-        "fits = self._by_parameter((after.s.sum(dim=-1) < math.inf) | ~self.active)",
+        "solver.py",
+        "fits = s.sum(dim=-1) < math.inf",
         "fits = torch.ones_like(self.finite)",
         "test_robustness.py::test_finite_gradients_whose_momentum_overflows_are_clipped_or_skipped_and_counted",
     ),

@@ -111,14 +111,14 @@ MUTANTS = [
     Mutant(
         "what steps together is never arranged again",
         "buckets.py",
-        "return pending is self._of[1] and _look(parameters, states) == self._seen",
-        "return pending is self._of[1]",
+        "return owned is self._of[0] and pending is self._of[1] and self._look(states) == self._seen",
+        "return owned is self._of[0] and pending is self._of[1]",
         "test_options.py::test_a_changed_rank_is_refused_at_the_step",
     ),
     Mutant(
         "state moved by others is not seen",
         "buckets.py",
-        " or parts[-1].data_ptr() != stack[-1].data_ptr()",
+        " or parts[0].data_ptr() != stack.data_ptr()",
         "",
         "test_stack.py::test_state_that_others_move_in_memory_is_found",
     ),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mofasgd.attach.plan import Owner, Row, plan
+from mofasgd.attach.plan import Owner, Row, Stacked, plan
 from mofasgd.attach.release import ReleaseHook, StepHook
 from mofasgd.attach.sketch import mixin_for
 from mofasgd.attach.swap import Attached, is_swapped, swap_in, swap_out
@@ -23,6 +24,10 @@ from mofasgd.options import Group, check_choice
 from mofasgd.state import factored_shape
 
 MODES = ("auto", "sketch", "release")
+
+
+Cast = tuple[list[Window | None], dict[torch.dtype, tuple[Tensor, Tensor]]]
+"""The windows of a bucket (None: not attached), and the stacks of its U and V in the dtypes of layers."""
 
 
 class Root(Attached):
@@ -81,9 +86,11 @@ class Handle:
         self.rows: list[Row] = []
         self._windows: dict[Tensor, Window] = {}
         self._hooks: dict[Tensor, RemovableHandle] = {}
-        self._bound: list[tuple[Any, ...]] = []
-        self._kept: list[Tensor] = []
+        self._bound: tuple[list[Any], ...] = ()
+        self._kept: list[Any] = []
         self._warned: set[str] = set()
+        # Of the buckets of the last step: their windows, and their factors in the dtypes of layers.
+        self._cast: tuple[Sequence[Stacked], list[Cast]] = ((), [])
         self._refuse_attached()
         self.bind()
         # Hooks must not outlive the optimizer: another one would never see a gradient, and nobody would say so.
@@ -124,7 +131,7 @@ class Handle:
         reshard(self._model)
         rows = plan(self._model, owner, self.mode, self.stepping)
         self._remove()
-        self.rows, self._kept = rows, [p for _, p, _ in owner._parameters()]
+        self.rows = rows
         try:
             self._install(owner)
         except BaseException:
@@ -134,6 +141,7 @@ class Handle:
         if self.replicas is not None:
             self.replicas.leave([row.param for row in rows if row.mode != "p.grad"])
             self._holders = holders(self._model, [row.param for row in rows if row.mode == "release"])
+        self._kept = [owner._parameters(), list(owner.state.items())]
         self._bound = self._signature(owner)
 
     def follow(self) -> None:
@@ -150,10 +158,16 @@ class Handle:
         keep_sync(self._holders)
         owner._meet()
 
-    def _signature(self, owner: Owner) -> list[tuple[Any, ...]]:
-        """Return what is compared before every forward; `_kept` keeps the numbers those of the parameters."""
-        state = owner.state
-        return [(id(p), p.device, p.requires_grad, id(state.get(p))) for _, p, _ in owner._parameters()]
+    def _signature(self, owner: Owner) -> tuple[list[Any], ...]:
+        """Return what is compared before every forward; `_kept` keeps the numbers those of the same objects."""
+        params, state = [p for _, p, _ in owner._parameters()], owner.state
+        return (
+            list(map(id, params)),
+            [p.device for p in params],
+            [p.requires_grad for p in params],
+            list(map(id, state)),
+            list(map(id, state.values())),
+        )
 
     def _install(self, owner: Owner) -> None:
         for _, param, _ in owner._parameters():
@@ -187,6 +201,7 @@ class Handle:
         # What was frozen since keeps its gradient until the step, as a `p.grad` would.
         left = {p: w for p, w in before.items() if p in places and p not in self._windows and (many() or not w.empty)}
         self._windows |= left
+        self._cast = ((), [])
         swap_in(self._model, Root, _mofasgd_handle=self)
 
     def _step(self, index: int, param: Tensor, group: Group) -> None:
@@ -227,7 +242,7 @@ class Handle:
         self.clear()
         if self.replicas is not None:
             self.replicas.restore()
-        self.rows, self._windows, self._bound, self._kept = [], {}, [], []
+        self.rows, self._windows, self._bound, self._kept, self._cast = [], {}, (), [], ((), [])
 
     def clear(self) -> None:
         """Forget the sketches of the present window, as `zero_grad` does."""
@@ -241,29 +256,33 @@ class Handle:
 
     def renew(self) -> None:
         """Bind anew, with empty windows: the optimizer's state or groups have been replaced."""
-        self._windows, self._bound = {}, []
+        self._windows, self._bound = {}, ()
         self.bind()
 
-    def next_window(self) -> None:
-        """Begin the window after a step."""
+    def next_window(self, buckets: Sequence[Stacked]) -> None:
+        """Begin the window after a step; it has moved the factors of `buckets`, the same object until they change."""
         owner = self._owner()
         assert owner is not None
         pending = owner._waiting()
-        casts = []
-        self._windows = {param: window for param, window in self._windows.items() if param in self._hooks}
-        for param, window in self._windows.items():
-            window.open(pending.get(param, []))
-            casts += window.casts()
+        if len(self._windows) > len(self._hooks):
+            self._windows = {param: window for param, window in self._windows.items() if param in self._hooks}
+        for window in self._windows.values():
+            window.open(pending.get(window.param, []) if pending else [])
+        if self._cast[0] is not buckets:
+            found = [[self._windows.get(member.param) for member in bucket.members] for bucket in buckets]
+            self._cast = buckets, [(windows, {}) for windows in found]
+        casts: list[tuple[Tensor, Tensor]] = []
+        for bucket, cast in zip(*self._cast, strict=True):
+            casts += _old_casts(bucket, *cast)
         if casts:
             torch._foreach_copy_([copy for copy, _ in casts], [original for _, original in casts])
 
-    def gradient(self, param: Tensor) -> Window | None:
-        """Return what this window has gathered of a parameter, `p.grad` included if somebody has set it; else None."""
-        window = self._windows[param]
+    def gradient(self, window: Window) -> Window | None:
+        """Return a window with what it has gathered, `p.grad` included if somebody has set it; None: nothing."""
         if window.shared:
             return window
-        if param.grad is not None:
-            window.add(param.grad)
+        if window.param.grad is not None:
+            window.add(window.param.grad)
         if not window.empty:
             return window
         if window.ran and window.name not in self._warned:
@@ -277,12 +296,14 @@ class Handle:
 
     def sum(self, param: Tensor) -> Window:
         """Return the window of a parameter, for its sums over ranks."""
-        self.gradient(param)
-        return self._windows[param]
+        window = self._windows[param]
+        self.gradient(window)
+        return window
 
-    def sketches(self, param: Tensor) -> bool:
-        """Whether `param` is stepped by the sketches of a window."""
-        return param in self._windows and not self.stepping
+    @property
+    def windows(self) -> Mapping[Tensor, Window]:
+        """The windows by whose sketches parameters are stepped."""
+        return {} if self.stepping else self._windows
 
     def whole(self) -> list[Tensor]:
         """Return the weights that are to be alike on all ranks: all but what the user has DDP ignore."""
@@ -314,6 +335,24 @@ class Handle:
         table += [(r.name, " x ".join(map(str, r.param.shape)) or "scalar", r.mode, r.why) for r in self.rows]
         widths = [max(len(row[i]) for row in table) for i in range(3)]
         return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths)), row[3]]) for row in table)  # noqa: B905
+
+
+def _old_casts(
+    bucket: Stacked, windows: list[Window | None], stacks: dict[torch.dtype, tuple[Tensor, Tensor]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return (copy, original) of what is cast to the dtypes of a bucket's layers; new copies are made here."""
+    old: list[tuple[Tensor, Tensor]] = []
+    for dtype in {dtype for window in windows if window is not None for dtype in window.casts()}:
+        U, V = bucket.stack("U"), bucket.stack("V")
+        if dtype in stacks:
+            old += zip(stacks[dtype], (U, V), strict=True)
+            continue
+        # Views of one tensor: hundreds of layers then need a single copy at every step.
+        stacks[dtype] = U.to(dtype), V.to(dtype)
+        for window, *pair in zip(windows, *(stack.unbind() for stack in stacks[dtype]), strict=True):
+            if window is not None:
+                window.recast(dtype, *pair)
+    return old
 
 
 def detach(model: nn.Module) -> bool:

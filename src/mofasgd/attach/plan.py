@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,7 +21,8 @@ class Owner(Protocol):
     state_dtype: torch.dtype
     state: Any
 
-    def _parameters(self) -> Iterator[tuple[int, Tensor, Group]]: ...
+    def _parameters(self) -> list[tuple[int, Tensor, Group]]:
+        """Return (number, parameter, group) of all; the same list until they change."""
 
     def _waiting(self) -> dict[Tensor, list[int]]:
         """Make missing state; return the numbers of the matrices without a momentum, by parameter."""
@@ -34,6 +35,17 @@ class Owner(Protocol):
 
     def _meet(self) -> None:
         """Begin as rank 0 does, unless that has been done."""
+
+
+class Stacked(Protocol):
+    """Parameters of one shape whose state lies side by side (`buckets.Bucket`)."""
+
+    @property
+    def members(self) -> Sequence[Any]:
+        """Of each `param`."""
+
+    def stack(self, key: str) -> Tensor:
+        """Return an entry of all members' state as one tensor (count, ...)."""
 
 
 class Row(NamedTuple):

@@ -15,6 +15,8 @@ a copy; the step drops those that are no directions of M.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -106,6 +108,7 @@ class Window:
         self.weight = param
         self.probes: tuple[Tensor, Tensor] | None = None
         self.keys: Tensor | None = None
+        self.pending: list[int] = []
         self._casts: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self.open(pending)
 
@@ -116,7 +119,12 @@ class Window:
 
     def open(self, pending: list[int]) -> None:
         """Begin a window in which the matrices number `pending` have no momentum."""
-        self.pending, self.stepped = pending, False
+        self.stepped = False
+        if not pending and not self.pending and self.keys is None and (self.probes is not None or not self.probed):
+            # As the last one: what hundreds of layers do at every step.
+            self.clear()
+            return
+        self.pending = pending
         if not pending and self.keys is not None:
             # A graph kept from the first window then raises; its sketches would go to probes that nobody reads.
             self.keys.zero_()
@@ -183,9 +191,13 @@ class Window:
             self._casts[dtype] = (self.state["U"].to(dtype), self.state["V"].to(dtype))
         return self._casts[dtype]
 
-    def casts(self) -> list[tuple[Tensor, Tensor]]:
-        """Return (copy, original) of the factors that were cast, for whoever changes the originals."""
-        return [(cast, self.state[key]) for pair in self._casts.values() for cast, key in zip(pair, "UV", strict=True)]
+    def casts(self) -> Iterable[torch.dtype]:
+        """Return the dtypes to which factors have been cast; whoever changes these casts them anew (`recast`)."""
+        return self._casts
+
+    def recast(self, dtype: torch.dtype, U: Tensor, V: Tensor) -> None:
+        """Take U and V as the factors cast to `dtype`, which the giver keeps up to date."""
+        self._casts[dtype] = U, V
 
     @torch.no_grad()
     def add(self, gradient: Tensor) -> None:

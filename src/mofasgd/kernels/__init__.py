@@ -27,8 +27,9 @@ def usable(device: torch.device) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+def _on_device(values: tuple[int, ...], device: torch.device) -> tuple[Tensor, bool]:
+    table = torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+    return table, all(value % 16 == 0 for value in values)
 
 
 def pointers(tensors: Sequence[Tensor | None], slices: int, size: int, device: torch.device) -> tuple[Tensor, bool]:
@@ -38,5 +39,6 @@ def pointers(tensors: Sequence[Tensor | None], slices: int, size: int, device: t
     copied again, so that a CUDA graph may be captured once the same tensors have been seen.
     """
     starts = [0 if t is None else t.data_ptr() for t in tensors]
-    addresses = tuple(start and start + i * size for start in starts for i in range(slices))
-    return _on_device(addresses, device), all(address % 16 == 0 for address in addresses)
+    if slices > 1:
+        starts = [start and start + i * size for start in starts for i in range(slices)]
+    return _on_device(tuple(starts), device)

@@ -89,7 +89,8 @@ def apply_factored(
 
     Args:
         weights: contiguous parameters of one shape and dtype (float32 or bfloat16), b matrices (m, n) each.
-        left, right: (B, m, r), (B, n, r), float32; B = len(weights) * b.
+        left: (B, m, r), float32 or the dtype of the weights; B = len(weights) * b.
+        right: (B, n, r), float32.
         keep: (B,), float32, what decay leaves.
         keys: (len(weights), 2) int32, rows of `rng.key_tensor`.
         steps: (len(weights),), number of the step.
@@ -104,7 +105,8 @@ def apply_factored(
     slices = batch // len(weights)
     table, aligned = pointers(weights, slices, m * n * weights[0].element_size(), left.device)
     # Rows of the right factor are read as they lie in a tile of W.
-    left, right = left.to(dtype).contiguous(), right.mT.to(dtype).contiguous()
+    left = left.to(dtype).contiguous()
+    right = torch.empty(batch, rank, n, dtype=dtype, device=right.device).copy_(right.mT)
     t = tiles or _tiles(rank, bfloat16)
     # Long strips, but enough of them for every multiprocessor.
     chunk = t.N * max(1, min(t.chunk // t.N, batch * triton.cdiv(m, t.M) * triton.cdiv(n, t.N) // 2048))
