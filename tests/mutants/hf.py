@@ -76,8 +76,8 @@ MUTANTS = [
     Mutant(
         "the model stays attached",
         "hf/callback.py",
-        "            opt.handle.detach()\n\n\n",
-        "            pass\n\n\n",
+        "        opt.max_grad_norm = None\n        _detach(opt)\n",
+        "        opt.max_grad_norm = None\n",
         "test_hf_trainer.py::test_trained_twice_a_model_is_attached_twice_and_free_in_between",
     ),
     Mutant(
@@ -153,8 +153,8 @@ MUTANTS = [
     Mutant(
         "what was refused stays attached",
         "hf/callback.py",
-        "                opt.handle.detach()\n            raise\n",
-        "                pass\n            raise\n",
+        "            _detach(opt)\n            raise\n",
+        "            raise\n",
         "test_hf_refusals.py::test_setups_that_would_train_wrongly_are_refused_when_training_begins",
     ),
     Mutant(
@@ -242,11 +242,11 @@ MUTANTS = [
         "test_hf_refusals.py::test_several_gpus_in_one_process_are_refused",
     ),
     Mutant(
-        "several processes attach",
-        "hf/support.py",
-        "if attached and state.num_processes > 1:",
-        "if False:",
-        "test_hf_refusals.py::test_setups_that_would_train_wrongly_are_refused_when_training_begins",
+        "a model in a DDP is detached",
+        "hf/callback.py",
+        "if handle is not None and (handle.replicas is None or not handle.replicas.wrapped):",
+        "if handle is not None:",
+        "test_hf_ranks.py::test_two_processes_train_alike_and_as_one_does",
     ),
     Mutant(
         "any transformers will do",
