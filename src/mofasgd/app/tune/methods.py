@@ -119,8 +119,8 @@ def _galore(model: nn.Module, settings: Settings) -> Optimizer:
 
 
 # Rates: the middle of those tried with SmolLM2-135M on GSM8K (docs/results/finetune_gsm8k_partial.json), whose best are
-# up to three times higher. Beta of mofasgd: MiniLM on STS-B (docs/finetuning.md); momentum of .95 is too slow in short
-# runs.
+# up to three times higher. Beta of mofasgd: MiniLM on a cut of STS-B, where .95 bears lower rates only
+# (docs/finetuning.md).
 METHODS: dict[str, Method] = {
     "mofasgd": Method(
         None,
