@@ -132,8 +132,8 @@ MUTANTS = [
     Mutant(
         "a factored norm of zero",
         "factored.py",
-        "self.square_norms = torch.where(self.active, squares, 0.0)",
-        "self.square_norms = torch.zeros_like(squares)",
+        "self.active, self.square_norms = moves, squares",
+        "self.active, self.square_norms = moves, torch.zeros_like(squares)",
         "test_hf_trainer.py::test_a_trainer_takes_the_steps_of_a_loop_without_one",
     ),
     Mutant(
