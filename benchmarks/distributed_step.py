@@ -15,17 +15,16 @@ all-reduce of both without any work to hide it behind (FSDP2's gathers not inclu
 """
 
 import argparse
-import gc
 import json
 import os
 import statistics
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from device import Device
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -105,27 +104,6 @@ def engine_bytes(method, model, opt):
     return reduced, 2 * sum(sizes.values()) if method.startswith("fsdp2") else 0
 
 
-class Clock:
-    """Seconds and memory of the device."""
-
-    def __init__(self, device):
-        self.cuda = device.type == "cuda"
-
-    def now(self):
-        if self.cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def reset(self):
-        gc.collect()
-        if self.cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    def peak(self):
-        return torch.cuda.max_memory_allocated() / 2**30 if self.cuda else None
-
-
 def alone(size, device, clock, repeats=5):
     """Return the median seconds of an all-reduce of `size` bytes in fused buckets, with nothing beside it."""
     ranks = Ranks(distributed.group.WORLD)
@@ -142,7 +120,7 @@ def alone(size, device, clock, repeats=5):
 
 def measure(name, method, args, device):
     """Return one row. After WARM steps some are timed whole, and as many with their optimizer's step apart."""
-    clock = Clock(device)
+    clock = Device(device)
     clock.reset()
     model, blocks, factor, batch, length = build(name, args, device)
     numbers = sum(p.numel() for p in model.parameters())

@@ -10,7 +10,6 @@ LoRA is PEFT's on all linear layers of the blocks, with bf16 adapters and fused 
 """
 
 import argparse
-import gc
 import importlib.metadata
 import json
 import statistics
@@ -19,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from device import Device
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,27 +108,6 @@ def lora(model, rank, outer):
     for param in trained:
         param.data = param.data.to(torch.bfloat16)
     return wrapped, torch.optim.AdamW(trained, lr=1e-5, fused=True), undo
-
-
-class Device:
-    """Clock and memory of the device."""
-
-    def __init__(self, device):
-        self.cuda = device.type == "cuda"
-
-    def now(self):
-        if self.cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def reset(self):
-        gc.collect()
-        if self.cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    def peak(self):
-        return torch.cuda.max_memory_allocated() / 2**30 if self.cuda else None
 
 
 def measure(method, model, setting, args, device):

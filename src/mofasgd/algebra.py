@@ -151,30 +151,22 @@ def completed(Q: Tensor, rows: int) -> Tensor:
 
     The others come back orthonormal to the last bit. Float64.
     """
-    fill = _filling(Q.shape[-2], rows, Q.shape[-1], Q.device).expand_as(Q)
+    make = _kept_filling if Q.shape[-2] <= 2 * _WIDEST else _filling
+    fill = make(Q.shape[-2], rows, Q.shape[-1], Q.device).expand_as(Q)
     fill = torch.baddbmm(fill, Q, Q.mT @ fill, alpha=-1)
     missing = torch.linalg.vector_norm(Q, dim=-2, keepdim=True) < 0.5
     return orthonormal(torch.where(missing, fill, Q))[0]
 
 
-@functools.lru_cache(maxsize=64)
-def _small_filling(height: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    return torch.nn.functional.pad(_small_gaussian(rows, columns, device), (0, 0, 0, height - rows))
-
-
-@functools.lru_cache(maxsize=64)
-def _small_gaussian(rows: int, columns: int, device: torch.device) -> Tensor:
-    # Any fixed matrix without structure will do; kept, for it takes many launches to make.
-    return gaussian(rows, columns, 0, device, torch.float64)
-
-
 def _filling(height: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    """Return a matrix (height, columns) without structure in its first `rows`, and zeros below."""
-    if height <= 2 * _WIDEST:
-        return _small_filling(height, rows, columns, device)
-    make = _small_gaussian if rows <= _WIDEST else functools.partial(gaussian, key=0, dtype=torch.float64)
-    found: Tensor = torch.nn.functional.pad(make(rows, columns, device=device), (0, 0, 0, height - rows))
+    """Return a matrix (height, columns) without structure in its first `rows`, and zeros below. Float64."""
+    # Any fixed one will do.
+    found: Tensor = torch.nn.functional.pad(gaussian(rows, columns, 0, device, torch.float64), (0, 0, 0, height - rows))
     return found
+
+
+_kept_filling = functools.lru_cache(maxsize=64)(_filling)
+"""For small matrices, which take many launches to make."""
 
 
 def _right_vectors(core: Tensor, rank: int) -> Tensor:
@@ -206,7 +198,7 @@ def _leading_space(core: Tensor, rank: int) -> Tensor:
     H = core.mT @ core
     fourth = H @ H
     fourth = fourth / fourth.diagonal(dim1=-2, dim2=-1).sum(dim=-1).clamp(min=1e-300)[:, None, None]
-    Y = _small_gaussian(core.shape[-1], rank, core.device)
+    Y = _kept_filling(core.shape[-1], core.shape[-1], rank, core.device)
     # The power at most doubles from one product to the next: columns that are sorted by then keep the small
     # directions apart from what the product makes of the large ones.
     for power in (core, core.mT, H, *[fourth] * _ITERATIONS):
