@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import io
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -172,12 +174,23 @@ def joined(device: str) -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     store, rank, world = next(iter(rendezvous("env://")))
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    finished: list[bool] = []
+    # Registered before what others will, hence called after it.
+    atexit.register(_end, finished)
     yield Ranks(rank, world, local_rank, local_world, store)
-    # Not after an error: with a rank gone this would wait for it. Models and optimizers that still hold the group would
-    # take its threads along to the end of the interpreter, which aborts the process if one of them is at work.
+    # Not after an error: with a rank gone this would wait for it.
     dist.barrier()
     gc.collect()
     dist.destroy_process_group()
+    finished.append(True)
+
+
+def _end(finished: list[bool]) -> None:
+    """End a process whose run has finished, before torch's threads and destructors meet: some of these abort it."""
+    if finished:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def lost(error: RuntimeError) -> bool:
