@@ -255,13 +255,26 @@ def test_the_best_model_comes_back_and_checkpoints_are_a_plain_models(tmp_path):
     assert configs[0]["architectures"] == configs[1]["architectures"] == ["GPT2LMHeadModel"]
 
 
-def test_complement_trains_dense(tmp_path):
+def test_complement_trains_dense_or_steps_in_backward(tmp_path):
     args = arguments(tmp_path, max_steps=2)
     with pytest.raises(ValueError, match=r"complement=1\.0 needs the full gradient.*attach='none'"):
         trainer_of(make("llama"), args, complement=1.0).train()
-    model = make("llama")
-    trainer_of(model, args, complement=1.0, attach="none").train()
-    assert not same(model, make("llama"))
+    with pytest.raises(
+        ValueError, match=r"gradient_accumulation_steps=4 does not go.*steps=1"
+    ):
+        trainer_of(make("llama"), args, complement=1.0, attach="release").train()
+    options = {"max_steps": 2, "gradient_accumulation_steps": 1}
+    with pytest.raises(ValueError, match=r"max_grad_norm=0\.5 does not go.*set max_grad_norm=0"):
+        trainer_of(make("llama"), arguments(tmp_path, **options), complement=1.0, attach="release").train()
+    models = []
+    for attach in ("none", "release"):
+        models.append(make("llama"))
+        args = arguments(tmp_path, **options, max_grad_norm=0.0)
+        trainer_of(models[-1], args, complement=1.0, attach=attach).train()
+    assert not same(models[0], make("llama"))
+    for dense, stepped in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        # One backward, the same products: only the order of the parameters differs.
+        torch.testing.assert_close(stepped, dense, rtol=0, atol=1e-6)
 
 
 def test_an_optimizer_detached_by_another_training_attaches_again(tmp_path):

@@ -232,3 +232,15 @@ def test_a_chat_template_comes_from_a_file(tmp_path, model):
     (tmp_path / "t.jinja").write_text(tokenizer().chat_template)
     session = Session(config(tmp_path, bare, {"chat_template": tmp_path / "t.jinja"}, **options("adamw")), None)
     assert session.tokenizer.decode(session.train_rows[0].input_ids).startswith("<|im_start|>user\na<|im_end|>")
+
+
+def test_a_complement_is_stepped_in_backward_with_attach_release(tmp_path, model):
+    more = {"steps": 4, "complement": 1.0, **options("mofasgd")}
+    losses = [
+        run_quietly(config(tmp_path, model, out=tmp_path / attach, attach=attach, **more))["validation_loss"]
+        for attach in ("none", "release")
+    ]
+    # The same steps: what may round otherwise is the order of a sum.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    with pytest.raises(ValueError, match=r"micro_batch_size=1 sums the gradients.*lower batch_size"):
+        run_quietly(config(tmp_path, model, attach="release", micro_batch_size=1, **more))

@@ -38,7 +38,7 @@ def llama():
         ({"lr": -1.0}, "lr=-1.0"),
         ({"rank": 0}, "rank=0"),
         ({"beta": 1.0}, "beta=1.0"),
-        ({"complement": 1.0}, "add --attach none"),
+        ({"complement": 1.0}, "add --attach release.* or --attach none"),
     ],
 )
 def test_a_wrong_setting_is_named(settings, message):

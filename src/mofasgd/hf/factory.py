@@ -47,7 +47,8 @@ def trainer_kwargs(
             parameters, and of all with lr_scale="match_rms_adamw"), `adam_beta1`, `adam_beta2`, `adam_epsilon`,
             `weight_decay`, `seed`; at each step: `max_grad_norm`.
         rank, lr: of the factored parameters. There is no default lr.
-        attach: mode of `MoFaSGD.attach`; "none" keeps full gradients in `p.grad` (`complement`, fp16).
+        attach: mode of `MoFaSGD.attach`; "none" keeps full gradients in `p.grad` (fp16). With a `complement` "release"
+            steps each weight in backward, or "none".
         callbacks: more callbacks for the Trainer.
         **options: more arguments of `mofasgd.param_groups` (`adamw_lr`, `factor`, `adamw`, `head`, group keys such as
             `beta`) and of `mofasgd.MoFaSGD` (`seed`, `state_dtype`, ...); they come before what `args` say.
@@ -114,13 +115,27 @@ class OptimizerFactory:
         # Schedulers with a minimum take the ratio to the optimizer's own lr.
         opt = MoFaSGD(groups, given["lr"], **{key: value for key, value in given.items() if key in _SETTINGS})
         if attach != "none":
+            stepping = attach == "release" and bool(given.get("complement"))
+            if stepping:
+                _refuse_windows(args)
             try:
-                opt.attach(opt_model, attach)
+                opt.attach(opt_model, attach, step_in_backward=stepping)
             except ValueError as error:
                 raise ValueError(f"attach={attach!r}: {error} (attach='none' does not attach)") from None
         opt.register_load_state_dict_pre_hook(_warn_of_loaded)
         _logger.info("%s", groups)
         return opt
+
+
+def _refuse_windows(args: Any) -> None:
+    """Raise ValueError if TrainingArguments `args` (or None) need several gradients, or all of them, before a step."""
+    for key, fix in (("gradient_accumulation_steps", 1), ("max_grad_norm", 0)):
+        value = getattr(args, key, None) or fix
+        if value != fix:
+            raise ValueError(
+                f"{key}={value:g} does not go with attach='release' and a complement, which steps each weight while "
+                f"its gradient exists: set {key}={fix}, or attach='none'"
+            )
 
 
 def complete(args: Any, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,8 @@ class MethodConfig:
     freeze: list[str] | None = None
     """of all but lora, which freezes the whole model: name patterns of parameters that are not trained"""
     complement: float | None = None
-    """of mofasgd: weight of the row-normalized part of the gradient that the momentum cannot hold; needs attach none"""
+    """of mofasgd: weight of the row-normalized part of the gradient that the momentum cannot hold; needs attach
+    release or none"""
     lr_scale: Literal["none", "spectral", "match_rms_adamw"] | None = None
     """of mofasgd: how the step depends on a matrix's shape"""
     attach: Literal["auto", "sketch", "release", "none"] | None = None

@@ -156,8 +156,11 @@ def resolve(config: MethodConfig) -> Settings:
     if config.method == "adamw8bit":
         eight_bit_class()
     settings = fill({name: method.defaults for name, method in METHODS.items()}, config.method, given)
-    if settings.get("complement") and settings["attach"] != "none":
-        raise ValueError(f"complement={settings['complement']:g} reads whole gradients: add --attach none")
+    if settings.get("complement") and settings["attach"] not in ("release", "none"):
+        raise ValueError(
+            f"complement={settings['complement']:g} reads whole gradients: add --attach release, which steps each "
+            "weight while its gradient exists, or --attach none"
+        )
     return settings
 
 

@@ -50,6 +50,11 @@ def bf16(config: StepConfig) -> bool:
 def step_arguments(config: StepConfig, settings: Settings, seed: int, folder: str) -> dict[str, Any]:
     """Return the arguments of TrainingArguments, or of what is derived from it, for a step."""
     micro = config.micro_batch_size or config.batch_size
+    if settings.get("complement") and settings["attach"] == "release" and micro < config.batch_size:
+        raise ValueError(
+            f"micro_batch_size={micro} sums the gradients of a step, which attach=release with a complement does not "
+            f"keep: leave it out, lower batch_size={config.batch_size}, or add --attach none"
+        )
     return {
         "output_dir": folder,
         "per_device_train_batch_size": micro,
