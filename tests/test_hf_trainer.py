@@ -259,9 +259,7 @@ def test_complement_trains_dense_or_steps_in_backward(tmp_path):
     args = arguments(tmp_path, max_steps=2)
     with pytest.raises(ValueError, match=r"complement=1\.0 needs the full gradient.*attach='none'"):
         trainer_of(make("llama"), args, complement=1.0).train()
-    with pytest.raises(
-        ValueError, match=r"gradient_accumulation_steps=4 does not go.*steps=1"
-    ):
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps=4 does not go.*steps=1"):
         trainer_of(make("llama"), args, complement=1.0, attach="release").train()
     options = {"max_steps": 2, "gradient_accumulation_steps": 1}
     with pytest.raises(ValueError, match=r"max_grad_norm=0\.5 does not go.*set max_grad_norm=0"):

@@ -125,8 +125,8 @@ MUTANTS = [
     Mutant(
         "attached without being asked",
         "hf/factory.py",
-        '        if attach != "none":\n            try',
-        "        if True:\n            try",
+        '        if attach != "none":\n            stepping',
+        "        if True:\n            stepping",
         "test_hf_refusals.py::test_the_factory_alone_makes_an_attached_optimizer",
     ),
     Mutant(
@@ -254,5 +254,19 @@ MUTANTS = [
         "check_version(transformers.__version__)\n",
         "",
         "test_hf_refusals.py::test_older_versions_of_transformers_are_refused_at_import",
+    ),
+    Mutant(
+        "a complement is not stepped in backward",
+        "hf/factory.py",
+        'stepping = attach == "release" and bool(given.get("complement"))',
+        "stepping = False",
+        "test_hf_trainer.py::test_complement_trains_dense_or_steps_in_backward",
+    ),
+    Mutant(
+        "windows of several gradients are stepped in backward",
+        "hf/factory.py",
+        'for key, fix in (("gradient_accumulation_steps", 1), ("max_grad_norm", 0)):',
+        'for key, fix in (("max_grad_norm", 0),):',
+        "test_hf_trainer.py::test_complement_trains_dense_or_steps_in_backward",
     ),
 ]
