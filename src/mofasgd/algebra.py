@@ -48,7 +48,7 @@ _WIDEST = 1024
 _DIRECT = {"cpu": 1 << 30, "cuda": 64}
 """Rows of the largest core whose singular vectors are found at once: by LAPACK, by Jacobi rotations."""
 
-_ITERATIONS = 5
+_ITERATIONS = 4
 """Applications of the core's fourth power in subspace iteration."""
 
 

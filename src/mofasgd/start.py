@@ -83,7 +83,7 @@ class Start(Update):
         """Return M_1 of the matrices that start, the update of those that have started."""
         s = self.s if factor is None else self.s * factor
         first = self.first._replace(s=s.to(self.first.s.dtype))
-        return first if self.every else self._with(super().after(factor), first)
+        return first if self.every else self._with(self.solved(factor), first)
 
     def before(self) -> Factors:
         """Return M_1 of the matrices that start: it has no factors before it; the complement is taken of its own."""

@@ -47,7 +47,9 @@ def _turn(a, distance, P: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _jacobi(A, rows, columns, blocks, HALF: tl.constexpr, C: tl.constexpr, SWEEPS: tl.constexpr, TOLERANCE: tl.constexpr):
+def _jacobi(
+    A, rows, columns, blocks, HALF: tl.constexpr, C: tl.constexpr, SWEEPS: tl.constexpr, TOLERANCE: tl.constexpr
+):
     """Orthogonalize the rows of matrix program_id(0), in place, in an even number of `blocks` of HALF rows."""
     A += tl.program_id(0).to(tl.int64) * rows * columns
     row, column = tl.arange(0, 2 * HALF), tl.arange(0, C)
