@@ -141,12 +141,26 @@ def _independent_unit(gram: Tensor) -> tuple[Tensor, Tensor]:
     return R2 @ R1, torch.linalg.solve_triangular(R2, N1, upper=True, left=False)
 
 
+def tall_product(A: Tensor, B: Tensor) -> Tensor:
+    """Return A'B of (B, m, k) and (B, m, l), of tall ones as a sum over strips of rows.
+
+    A GPU's product of few matrices would sum all rows of one in a single multiprocessor.
+    """
+    batch, m, _ = A.shape
+    strips = math.gcd(m, 16)
+    if m <= 2 * _WIDEST or strips == 1:
+        return A.mT @ B
+    A, B = (t.reshape(batch * strips, m // strips, t.shape[-1]) for t in (A, B))
+    parts = A.mT @ B
+    return parts.view(batch, strips, *parts.shape[1:]).sum(dim=1)
+
+
 def orthonormal(A: Tensor, *, twice: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Return Q, N, R with A N = Q (B, k, r), A = Q R; columns of Q are orthonormal or zero. Float64.
 
     `twice`: as in `independent_columns`.
     """
-    R, N = independent_columns(A.mT @ A, twice=twice)
+    R, N = independent_columns(tall_product(A, A), twice=twice)
     return A @ N, N, R
 
 
@@ -157,7 +171,7 @@ def completed(Q: Tensor, rows: int) -> Tensor:
     """
     make = _kept_filling if Q.shape[-2] <= 2 * _WIDEST else _filling
     fill = make(Q.shape[-2], rows, Q.shape[-1], Q.device).expand_as(Q)
-    fill = torch.baddbmm(fill, Q, Q.mT @ fill, alpha=-1)
+    fill = torch.baddbmm(fill, Q, tall_product(Q, fill), alpha=-1)
     missing = torch.linalg.vector_norm(Q, dim=-2, keepdim=True) < 0.5
     return orthonormal(torch.where(missing, fill, Q), twice=False)[0]
 
