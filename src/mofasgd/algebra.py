@@ -111,8 +111,8 @@ def independent_columns(gram: Tensor, *, twice: bool = True) -> tuple[Tensor, Te
     """Return R and N (B, k, k), upper triangular, for A with the Gram matrix A'A: A = (A N) R.
 
     A N has orthonormal columns, and zeros where a column of A depends on those before it (`DEPENDENT`); R has zero
-    rows there. Float64. Not `twice`, A'A = R'R is as exact, but A N may be orthonormal to some 1e-5 only, where
-    columns of A nearly depend on each other.
+    rows there. Float64. Not `twice`, A'A = R'R is as exact, and A N is as orthonormal as A'A has digits left for it:
+    to some 1e-5 where columns of A nearly depend on each other.
     """
     if usable(gram.device):
         from mofasgd.kernels.columns import independent_columns as on_gpu
@@ -219,10 +219,9 @@ def _leading_space(core: Tensor, rank: int) -> Tensor:
     Y = _kept_filling(core.shape[-1], core.shape[-1], rank, core.device)
     # The power at most doubles from one product to the next: columns that are sorted by then keep the small
     # directions apart from what the product makes of the large ones.
-    for power in (core, core.mT, H, *[fourth] * (_ITERATIONS - 1)):
-        # Of these bases only the span matters, and which of its directions are large.
+    for power in (core, core.mT, H, *[fourth] * _ITERATIONS):
         Y = orthonormal(power @ Y, twice=False)[0]
-    return orthonormal(fourth @ Y)[0]
+    return Y
 
 
 def observed(grams: Tensor, s: Tensor) -> tuple[Small, Tensor, Tensor, Tensor]:
@@ -257,7 +256,8 @@ def solve(small: Small, beta: float | Tensor, factor: Tensor | None) -> Weights:
         factor: of the gradient, 0-dim float64, or None for 1.
     """
     r = small.s.shape[-1]
-    T, N = independent_columns(small.grams.flatten(0, 1))
+    # Their own rounding leaves the Gram matrices no better than one time makes of them.
+    T, N = independent_columns(small.grams.flatten(0, 1), twice=False)
     (Tu, Tv), (Nu, Nv) = T.chunk(2), N.chunk(2)
 
     # Q'(beta M + Ghat)P = Tu [[beta diag(s) - f C, f real], [f real, 0]] Tv'

@@ -58,7 +58,8 @@ def _gram(U, S, parts, m, rank, chunk, across, BOTH: tl.constexpr, T: tl.constex
         total = tl.zeros((T, T), dtype=tl.float64)
         for start in range(part * chunk, tl.minimum(part * chunk + chunk, m), M):
             rows = start + tl.arange(0, M)
-            A, B = _load(U, S, rows, i, m, rank, BOTH, T), _load(U, S, rows, j, m, rank, BOTH, T)
+            A = _load(U, S, rows, i, m, rank, BOTH, T)
+            B = A if BOTH else _load(U, S, rows, j, m, rank, BOTH, T)
             total = tl.dot(tl.trans(A), B, total, out_dtype=tl.float64)
         width = 2 * rank
         parts += (batch * tl.num_programs(1) + part) * width * width
