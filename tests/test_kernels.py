@@ -135,7 +135,7 @@ def test_products_in_place_are_those_beside_and_leave_what_is_not_active(m, rank
     assert torch.allclose(right[::2].float(), result.mT[::2], **near)
 
 
-@pytest.mark.parametrize("size", [3, 16] + ([64, 128, 256] if DEVICE.type == "cuda" else []))
+@pytest.mark.parametrize("size", [3, 16, 40] + ([64, 128, 256] if DEVICE.type == "cuda" else []))
 def test_rotated_rows_are_orthogonal_and_keep_the_singular_values(size):
     from mofasgd.kernels.jacobi import orthogonal_rows
 

@@ -146,8 +146,15 @@ MUTANTS = [
     Mutant(
         "rows of one block never meet",
         "kernels/jacobi.py",
-        "range(tl.where(turn == 0, 1, HALF), 2 * HALF)",
-        "range(HALF, 2 * HALF)",
+        "range(tl.where(turn == 0, 1, HALF), L)",
+        "range(HALF, L)",
+        "test_kernels.py::test_rotated_rows_are_orthogonal_and_keep_the_singular_values",
+    ),
+    Mutant(
+        "a block meets the same one in every turn",
+        "kernels/jacobi.py",
+        "(turn + pair) % around), (turn - pair + around) % around",
+        "pair % around), (around - pair) % around",
         "test_kernels.py::test_rotated_rows_are_orthogonal_and_keep_the_singular_values",
     ),
     Mutant(

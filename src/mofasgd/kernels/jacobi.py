@@ -4,9 +4,9 @@ Rows of a matrix are rotated in pairs until all are orthogonal: J A = S X' with 
 rows are the singular values and the rows, normalized, the right singular vectors. Equals `torch.linalg.svd` on those
 up to order and sign.
 
-A program holds two blocks of rows in registers and turns row i against row i ^ d for d = 1, 2, ..: all pairs of a
-round at once, each row by its own thread's sums. Rows between rounds in memory would cost their bandwidth: a core of
-128 x 128 is read and written 127 times a sweep.
+Rows are blocked, 16 at a time. A program holds pairs of blocks in registers and turns row i of each against row i ^ d
+for d = 1, 2, .., 31: a partner is one shuffle away. Between all rounds in memory the rows would cost its bandwidth: of
+a core of 128 x 128 each is read and written 7 times a sweep, not 127.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ TOLERANCE = 1e-4
 """Cosine between rows below which a sweep was the last: the convergence is quadratic, so that it leaves some 1e-8."""
 
 _HELD = 1 << 14
-"""Elements of the rows that a program holds: 32 registers a thread of 512, and as many for their partners."""
+"""Elements of the rows that a program holds: 32 registers of each of 512 threads, and as many for their partners."""
 
 
 @triton.jit
-def _turn(a, distance, P: tl.constexpr, C: tl.constexpr):
-    """Return rows `a` (P, C), each rotated against that at `distance` (XOR), and the largest cosine between two."""
-    row = tl.arange(0, P)
+def _turn(a, distance, Q: tl.constexpr, L: tl.constexpr, C: tl.constexpr):
+    """Return rows `a` (Q, L, C), each rotated against that at `distance` (XOR) in L, and the largest cosine of two."""
+    row = tl.arange(0, L)[None, :]
     partner = row ^ distance
-    b = tl.gather(a, tl.broadcast_to(partner[:, None], (P, C)), 0)
+    b = tl.gather(a, tl.broadcast_to(partner[:, :, None], (Q, L, C)), 1)
     # Partners sum the same products in the same order: they find one angle.
-    own, ab = tl.sum(a * a, 1), tl.sum(a * b, 1)
-    other = tl.gather(own, partner, 0)
+    own, ab = tl.sum(a * a, 2), tl.sum(a * b, 2)
+    other = tl.gather(own, tl.broadcast_to(partner, (Q, L)), 1)
     size = tl.sqrt(own) * tl.sqrt(other)
     turned = tl.abs(ab) > 1e-8 * size
     upper = row < partner
@@ -43,31 +43,35 @@ def _turn(a, distance, P: tl.constexpr, C: tl.constexpr):
     t = tl.where(turned, t, 0.0)
     c = 1 / tl.sqrt(1 + t * t)
     s = tl.where(upper, -c * t, c * t)
-    return c[:, None] * a + s[:, None] * b, tl.max(tl.where(turned, tl.abs(ab) / size, 0.0))
+    largest = tl.max(tl.max(tl.where(turned, tl.abs(ab) / size, 0.0), 1), 0)
+    return c[:, :, None] * a + s[:, :, None] * b, largest
 
 
 @triton.jit
 def _jacobi(
-    A, rows, columns, blocks, HALF: tl.constexpr, C: tl.constexpr, SWEEPS: tl.constexpr, TOLERANCE: tl.constexpr
-):
-    """Orthogonalize the rows of matrix program_id(0), in place, in an even number of `blocks` of HALF rows."""
+    A, rows, columns, blocks,
+    Q: tl.constexpr, L: tl.constexpr, C: tl.constexpr, SWEEPS: tl.constexpr, TOLERANCE: tl.constexpr,
+):  # fmt: skip
+    """Orthogonalize the rows of matrix program_id(0), in place: an even number of `blocks` of L / 2, Q pairs at once."""
+    HALF: tl.constexpr = L // 2
     A += tl.program_id(0).to(tl.int64) * rows * columns
-    row, column = tl.arange(0, 2 * HALF), tl.arange(0, C)
+    row, column = tl.arange(0, L)[None, :], tl.arange(0, C)[None, None, :]
     around = blocks - 1
     sweep, cosine = 0, 1.0
     while (sweep < SWEEPS) & (cosine > TOLERANCE):
         cosine = 0.0
         for turn in range(around):
-            # The last block meets block `turn`; blocks at equal distance from `turn` on the circle meet each other.
-            for pair in range(blocks // 2):
+            for first in range(0, blocks // 2, Q):
+                # The last block meets block `turn`; blocks at equal distance from `turn` on the circle meet each other.
+                pair = first + tl.arange(0, Q)[:, None]
                 one, two = tl.where(pair == 0, around, (turn + pair) % around), (turn - pair + around) % around
                 own = tl.where(row < HALF, one * HALF, two * HALF - HALF) + row
-                at = A + own[:, None] * columns + column[None, :]
-                mask = (own < rows)[:, None] & (column < columns)[None, :]
+                at = A + own[:, :, None] * columns + column
+                mask = ((pair < blocks // 2) & (own < rows))[:, :, None] & (column < columns)
                 a = tl.load(at, mask=mask, other=0.0)
-                # Rows of one block meet in the first round.
-                for distance in range(tl.where(turn == 0, 1, HALF), 2 * HALF):
-                    a, largest = _turn(a, distance, 2 * HALF, C)
+                # Rows of one block meet in the first turn.
+                for distance in range(tl.where(turn == 0, 1, HALF), L):
+                    a, largest = _turn(a, distance, Q, L, C)
                     cosine = tl.maximum(cosine, largest)
                 tl.store(at, a, mask=mask)
             tl.debug_barrier()
@@ -80,12 +84,12 @@ def orthogonal_rows(A: Tensor) -> Tensor:
     A is float32, contiguous, of magnitude about 1.
     """
     batch, rows, columns = A.shape
-    C = triton.next_power_of_2(columns)
-    HALF = min(triton.next_power_of_2(rows), max(2, _HELD // C)) // 2
-    blocks = 2 * triton.cdiv(rows, 2 * HALF)
-    warps = min(16, max(1, 2 * HALF * C // 1024))
+    L, C = min(32, triton.next_power_of_2(rows)), triton.next_power_of_2(columns)
+    blocks = 2 * triton.cdiv(rows, L)
+    Q = max(1, min(triton.next_power_of_2(blocks // 2), _HELD // (L * C)))
+    warps = min(16, max(1, Q * L * C // 1024))
     with torch.cuda.device_of(A):
         _jacobi[(batch,)](
-            A, rows, columns, blocks, HALF=HALF, C=C, SWEEPS=SWEEPS, TOLERANCE=TOLERANCE, num_warps=warps
+            A, rows, columns, blocks, Q=Q, L=L, C=C, SWEEPS=SWEEPS, TOLERANCE=TOLERANCE, num_warps=warps
         )  # fmt: skip
     return A
