@@ -52,7 +52,7 @@ def _jacobi(
     A, rows, columns, blocks,
     Q: tl.constexpr, L: tl.constexpr, C: tl.constexpr, SWEEPS: tl.constexpr, TOLERANCE: tl.constexpr,
 ):  # fmt: skip
-    """Orthogonalize the rows of matrix program_id(0), in place: an even number of `blocks` of L / 2, Q pairs at once."""
+    """Orthogonalize rows of matrix program_id(0) in place: Q pairs at once of an even number of `blocks` of L / 2."""
     HALF: tl.constexpr = L // 2
     A += tl.program_id(0).to(tl.int64) * rows * columns
     row, column = tl.arange(0, L)[None, :], tl.arange(0, C)[None, None, :]
