@@ -187,6 +187,20 @@ MUTANTS = [
         "test_kernels.py::test_a_step_in_place_is_the_step_beside",
     ),
     Mutant(
+        "the first strip stands for all",
+        "algebra.py",
+        "parts.view(batch, strips, *parts.shape[1:]).sum(dim=1)",
+        "strips * parts.view(batch, strips, *parts.shape[1:])[:, 0]",
+        "test_solver.py::test_products_of_tall_matrices_are_the_same_by_strips",
+    ),
+    Mutant(
+        "short columns are orthogonalized once more, by length",
+        "kernels/columns.py",
+        "rest = rest / (length[:, None] * length[None, :])",
+        "pass",
+        "test_kernels.py::test_dependent_columns_are_left_out",
+    ),
+    Mutant(
         "a start without the test matrix",
         "algebra.py",
         "B, NB, _ = orthonormal(PY @ N)",
