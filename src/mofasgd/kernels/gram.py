@@ -141,7 +141,7 @@ def gram(U: Tensor, S: Tensor, out: Tensor, cut: Cut | None = None) -> None:
 def _whole_cut(rank: int) -> Cut:
     """Return how `advance` is cut: a program makes whole rows of the result, or it would spoil those of others."""
     N = max(16, triton.next_power_of_2(rank))
-    return Cut(max(16, min(64, 2**14 // N)), N, 32 if N <= 128 else 16, 4 if N <= 64 else 8)
+    return Cut(max(16, min(64, 2**14 // N)), N, min(32, N) if N <= 128 else 16, 4 if N <= 64 else 8)
 
 
 def _launch(
@@ -155,6 +155,8 @@ def _launch(
         _combine[(triton.cdiv(m, M), triton.cdiv(rank, N), batch)](
             U, S.contiguous(), weights.contiguous(), result, scale, other, active, m, rank,
             SCALED=scaled, TURNED=turned, M=M, N=N, K=K, num_warps=warps,
+            # Three tiles of so wide weights are more than shared memory.
+            num_stages=2 if N > 512 else 3,
         )  # fmt: skip
 
 
