@@ -107,7 +107,35 @@ def test_products_of_tall_matrices_are_those_of_float64(m, rank):
     assert torch.allclose(combine(U, S, W, torch.ones(3, dtype=torch.bool, device=DEVICE)).double(), L @ W, rtol=1e-6)
 
 
-@pytest.mark.parametrize("size", [3, 16] + ([64, 128, 256] if DEVICE.type == "cuda" else []))
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("m", [150, 96] + ([4096] if DEVICE.type == "cuda" else []))
+def test_products_in_place_are_those_beside_and_leave_what_is_not_active(m, rank):
+    from mofasgd.kernels.gram import advance, combine
+
+    U, S = normal(3, m, rank), normal(3, m, rank)
+    W, scale = normal(3, 2 * rank, rank, dtype=torch.float64), normal(3, rank)
+    active = torch.tensor([True, False, True], device=DEVICE)
+    # What is not active may hold anything.
+    S[1], W[1], scale[1] = torch.nan, torch.nan, torch.inf
+    result = combine(U, S, W, torch.ones(3, dtype=torch.bool, device=DEVICE))
+    expected = torch.where(active[:, None, None], result, U)
+    one, two, three = U.clone(), U.clone(), U.clone()
+    left = torch.full((3, m, rank), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    right = torch.full((3, rank, m), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    advance(one, S, W, active)
+    advance(two, S, W, active, scale, left)
+    advance(three, S, W, active, None, right)
+    for found in (one, two, three):
+        assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6)
+        assert torch.equal(found[1], U[1])
+    assert not left[1].any()
+    assert not right[1].any()
+    near = {"rtol": 2.0**-7, "atol": 1e-6}
+    assert torch.allclose(left[::2].float(), (result * scale[:, None])[::2], **near)
+    assert torch.allclose(right[::2].float(), result.mT[::2], **near)
+
+
+@pytest.mark.parametrize("size", [3, 16, 40] + ([64, 128, 256] if DEVICE.type == "cuda" else []))
 def test_rotated_rows_are_orthogonal_and_keep_the_singular_values(size):
     from mofasgd.kernels.jacobi import orthogonal_rows
 
@@ -179,3 +207,32 @@ def test_dependent_columns_are_left_out(factorize, k):
     assert (Q.mT @ Q - torch.diag_embed(expected))[:3].abs().max() <= 1e-9
     assert (Q.mT @ Q - torch.diag_embed(expected))[3].abs().max() <= 1e-6
     assert ((Q @ R - A).norm(dim=-2) / A.norm(dim=-2).clamp(min=1e-30)).max() <= 1e-9
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="test_gpu.py trains there")
+@pytest.mark.parametrize("shape", [(40, 24), (3, 40, 24)], ids=str)
+@pytest.mark.parametrize("rule", ["spectral", "match_rms_adamw"])
+def test_a_step_in_place_is_the_step_beside(shape, rule, monkeypatch):
+    from mofasgd import MoFaSGD, factored, gradient
+
+    def train():
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(shape)) for _ in range(3)]
+        opt = MoFaSGD(weights, lr=0.1, rank=3, weight_decay=0.1, lr_scale=rule, max_grad_norm=1.0)
+        for i in range(4):
+            for k, W in enumerate(weights):
+                W.grad = torch.randn(shape)
+                if i == 2:
+                    # One without a gradient, one that is not finite in a slice, one of zeros there.
+                    W.grad = None if k == 0 else W.grad.index_fill(0, torch.tensor(1), [0, torch.nan, 0][k])
+            opt.step()
+        return opt, weights
+
+    expected, theirs = train()
+    for module in (algebra, factored, gradient):
+        monkeypatch.setattr(module, "usable", lambda device: True)
+    found, ours = train()
+    for W, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(W, other, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(found.momentum(W), expected.momentum(other), rtol=1e-4, atol=1e-5)
+        assert torch.equal(found.state[W]["step"], expected.state[other]["step"])

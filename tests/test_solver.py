@@ -124,6 +124,24 @@ def test_subspace_iteration_keeps_the_budget_too(kind, monkeypatch):
         check(after, K, rank)
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="all tests run the kernels there")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
+@pytest.mark.parametrize("direct", [4, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpus_way_keeps_the_budget(kind, direct, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(algebra, "usable", lambda device: True)
+    monkeypatch.setitem(algebra._DIRECT, "cpu", direct)
+    after, K, _ = solved(*case(kind, 60, 50, 6, batch=2), 0.95)
+    check(after, K, 6)
+
+
+@pytest.mark.parametrize("rows", [4096, 4098, 4099])
+def test_products_of_tall_matrices_are_the_same_by_strips(rows):
+    A, B = (torch.randn(2, rows, k, dtype=DOUBLE, device=DEVICE) for k in (5, 3))
+    assert torch.allclose(algebra.tall_product(A, B[:1].expand_as(B)), A.mT @ B[:1], rtol=1e-10, atol=1e-10)
+
+
 def test_a_factor_scales_the_gradient_and_beta_may_be_a_tensor():
     U, s, V, G = case("random", 60, 50, 4)
     plain, _, _ = solved(U, s, V, 0.25 * G, 0.9)

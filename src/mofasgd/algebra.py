@@ -48,7 +48,7 @@ _WIDEST = 1024
 _DIRECT = {"cpu": 1 << 30, "cuda": 64}
 """Rows of the largest core whose singular vectors are found at once: by LAPACK, by Jacobi rotations."""
 
-_ITERATIONS = 5
+_ITERATIONS = 4
 """Applications of the core's fourth power in subspace iteration."""
 
 
@@ -107,16 +107,17 @@ def combine(A: Tensor, B: Tensor, weights: Tensor, active: Tensor) -> Tensor:
     return (torch.cat([A, B], dim=-1).double() @ weights).to(A.dtype)
 
 
-def independent_columns(gram: Tensor) -> tuple[Tensor, Tensor]:
+def independent_columns(gram: Tensor, *, twice: bool = True) -> tuple[Tensor, Tensor]:
     """Return R and N (B, k, k), upper triangular, for A with the Gram matrix A'A: A = (A N) R.
 
     A N has orthonormal columns, and zeros where a column of A depends on those before it (`DEPENDENT`); R has zero
-    rows there. Float64.
+    rows there. Float64. Not `twice`, A'A = R'R is as exact, and A N is as orthonormal as A'A has digits left for it:
+    to some 1e-5 where columns of A nearly depend on each other.
     """
     if usable(gram.device):
         from mofasgd.kernels.columns import independent_columns as on_gpu
 
-        return on_gpu(gram, DEPENDENT)
+        return on_gpu(gram, DEPENDENT, twice)
     lengths = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     lengths = torch.where(lengths > 0, lengths, 1.0)
     R, N = _independent_unit(gram / (lengths[:, :, None] * lengths[:, None, :]))
@@ -140,22 +141,39 @@ def _independent_unit(gram: Tensor) -> tuple[Tensor, Tensor]:
     return R2 @ R1, torch.linalg.solve_triangular(R2, N1, upper=True, left=False)
 
 
-def orthonormal(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Q, N, R with A N = Q (B, k, r), A = Q R; columns of Q are orthonormal or zero. Float64."""
-    R, N = independent_columns(A.mT @ A)
+def tall_product(A: Tensor, B: Tensor) -> Tensor:
+    """Return A'B of (B, m, k) and (B, m, l), of tall ones as a sum over strips of rows.
+
+    A GPU's product of few matrices would sum all rows of one in a single multiprocessor.
+    """
+    batch, m, _ = A.shape
+    strips = math.gcd(m, 16)
+    if m <= 2 * _WIDEST or strips == 1:
+        return A.mT @ B
+    A, B = (t.reshape(batch * strips, m // strips, t.shape[-1]) for t in (A, B))
+    parts = A.mT @ B
+    return parts.view(batch, strips, *parts.shape[1:]).sum(dim=1)
+
+
+def orthonormal(A: Tensor, *, twice: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Q, N, R with A N = Q (B, k, r), A = Q R; columns of Q are orthonormal or zero. Float64.
+
+    `twice`: as in `independent_columns`.
+    """
+    R, N = independent_columns(tall_product(A, A), twice=twice)
     return A @ N, N, R
 
 
 def completed(Q: Tensor, rows: int) -> Tensor:
     """Return Q (B, k, r) with its zero columns replaced by orthonormal ones in the first `rows` >= r coordinates.
 
-    The others come back orthonormal to the last bit. Float64.
+    The others, orthonormal to some 1e-5 or better, come back orthonormal to the last bit. Float64.
     """
     make = _kept_filling if Q.shape[-2] <= 2 * _WIDEST else _filling
     fill = make(Q.shape[-2], rows, Q.shape[-1], Q.device).expand_as(Q)
-    fill = torch.baddbmm(fill, Q, Q.mT @ fill, alpha=-1)
+    fill = torch.baddbmm(fill, Q, tall_product(Q, fill), alpha=-1)
     missing = torch.linalg.vector_norm(Q, dim=-2, keepdim=True) < 0.5
-    return orthonormal(torch.where(missing, fill, Q))[0]
+    return orthonormal(torch.where(missing, fill, Q), twice=False)[0]
 
 
 def _filling(height: int, rows: int, columns: int, device: torch.device) -> Tensor:
@@ -174,7 +192,8 @@ def _right_vectors(core: Tensor, rank: int) -> Tensor:
     if core.shape[-1] > _DIRECT.get(core.device.type, 1 << 30) and rank < core.shape[-1]:
         Y = _leading_space(core, rank)
         # core Y = X B, and the singular vectors of the rank x rank matrix B turn Y
-        _, _, B = orthonormal(core @ Y)
+        image = core @ Y
+        B, _ = independent_columns(image.mT @ image, twice=False)
         return Y @ _right_vectors(B, rank)
     if not usable(core.device):
         rows: Tensor
@@ -197,12 +216,11 @@ def _leading_space(core: Tensor, rank: int) -> Tensor:
     """Return an orthonormal basis (B, k, rank) of nearly the leading right singular space, by subspace iteration."""
     H = core.mT @ core
     fourth = H @ H
-    fourth = fourth / fourth.diagonal(dim1=-2, dim2=-1).sum(dim=-1).clamp(min=1e-300)[:, None, None]
     Y = _kept_filling(core.shape[-1], core.shape[-1], rank, core.device)
     # The power at most doubles from one product to the next: columns that are sorted by then keep the small
     # directions apart from what the product makes of the large ones.
     for power in (core, core.mT, H, *[fourth] * _ITERATIONS):
-        Y = orthonormal(power @ Y)[0]
+        Y = orthonormal(power @ Y, twice=False)[0]
     return Y
 
 
@@ -238,7 +256,8 @@ def solve(small: Small, beta: float | Tensor, factor: Tensor | None) -> Weights:
         factor: of the gradient, 0-dim float64, or None for 1.
     """
     r = small.s.shape[-1]
-    T, N = independent_columns(small.grams.flatten(0, 1))
+    # Their own rounding leaves the Gram matrices no better than one time makes of them.
+    T, N = independent_columns(small.grams.flatten(0, 1), twice=False)
     (Tu, Tv), (Nu, Nv) = T.chunk(2), N.chunk(2)
 
     # Q'(beta M + Ghat)P = Tu [[beta diag(s) - f C, f real], [f real, 0]] Tv'
@@ -252,7 +271,7 @@ def solve(small: Small, beta: float | Tensor, factor: Tensor | None) -> Weights:
 
     # Completions lie in the coordinates of U and V, which are always there.
     Y = completed(_right_vectors(core, r), r)
-    X, _, R = orthonormal(core @ Y)
+    X, _, R = orthonormal(core @ Y, twice=False)
     found = R.diagonal(dim1=-2, dim2=-1).cummin(dim=-1).values * size[:, :, 0]
     # Where momentum and gradient cancel, what is left of them in float32 is no direction.
     sketched = small.grams.diagonal(dim1=-2, dim2=-1)[:, :, r:].amax(dim=0).sqrt()

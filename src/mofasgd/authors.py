@@ -14,13 +14,13 @@ G is the gradient and (U, s, V) are the factors after the update:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mofasgd.buckets import Member
+from mofasgd.buckets import Member, Owned
 from mofasgd.dist.shards import whole
 from mofasgd.factored import Displace, Displacement
 from mofasgd.layout import as_matrices
@@ -93,15 +93,16 @@ class AuthorsMFSGD(MoFaSGD):
                 raise ValueError(f"{key}={param_group[key]!r} has no effect in AuthorsMFSGD: drop it, or use MoFaSGD")
         super().add_param_group(param_group)
 
-    def _new_state(self, index: int, param: Tensor, group: Group) -> dict[str, Tensor]:
-        state = super()._new_state(index, param, group)
-        if group["algorithm"] == "mofasgd":
-            shape, rank = factored_shape(param, group)
+    def _make(self, owned: Sequence[Owned]) -> None:
+        super()._make(owned)
+        for _, param, group in owned:
+            if group["algorithm"] != "mofasgd":
+                continue
+            state, (shape, rank) = self.state[param], factored_shape(param, group)
             weight = as_matrices(whole(param.detach()), shape).to(self.state_dtype)
             for name, value in zip(Factors._fields, truncated_svd(weight, rank), strict=True):
                 state[name].copy_(value.view(state[name].shape))
             state["initialized"].fill_(True)
-        return state
 
     def _reads_gradient(self, group: Group) -> str | None:
         named = {"eta2": self.eta2, "nesterov": self.nesterov}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -99,9 +100,9 @@ class FactoredOptimizer(Optimizer):
         """Make the state of every trainable parameter now, pending, without a gradient (for checkpoint libraries)."""
         owned = self._parameters()
         if not self._is_complete(owned):
-            for index, param, group in owned:
-                if (param.requires_grad or param.grad is not None) and not self.state[param]:
-                    self.state[param] = self._new_state(index, param, group)
+            self._make(
+                [(i, p, g) for i, p, g in owned if (p.requires_grad or p.grad is not None) and not self.state[p]]
+            )
             without = [param for _, param, _ in owned if not self.state.get(param)]
             self._complete = owned, list(self.state), list(self.state.values()), without
         if self._pending is None:
@@ -124,18 +125,27 @@ class FactoredOptimizer(Optimizer):
             and not any(param.requires_grad or param.grad is not None for param in without)
         )
 
-    def _new_state(self, index: int, param: Tensor, group: Group) -> dict[str, Tensor]:
-        self._pending = None
-        if group["algorithm"] == "adamw":
-            return new_adamw(param, self.state_dtype)
-        if param.dim() < 2:
-            # A group with a vector in it is refused, so this has been put in place of a matrix since.
-            raise ValueError(
-                f"parameter {index} of shape {tuple(param.shape)} was a matrix when the optimizer was made: something "
-                "(DeepSpeed ZeRO, FSDP1) has flattened it; use FSDP2 (fully_shard) or DDP instead"
+    def _make(self, owned: Sequence[Owned]) -> None:
+        """Make the state of parameters that have none."""
+        if owned:
+            self._pending = None
+        kinds: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+        for index, param, group in owned:
+            if group["algorithm"] == "adamw":
+                self.state[param] = new_adamw(param, self.state_dtype)
+                continue
+            if param.dim() < 2:
+                # A group with a vector in it is refused, so this has been put in place of a matrix since.
+                raise ValueError(
+                    f"parameter {index} of shape {tuple(param.shape)} was a matrix when the optimizer was made: "
+                    "something (DeepSpeed ZeRO, FSDP1) has flattened it; use FSDP2 (fully_shard) or DDP instead"
+                )
+            kinds[id(group), param.dtype, factored_shape(param, group), param.device].append(param)
+        # What will step together, in few launches.
+        for (_, _, (shape, rank), device), params in kinds.items():
+            self.state.update(
+                zip(params, new_factored(len(params), shape, rank, self.state_dtype, device), strict=True)
             )
-        shape, rank = factored_shape(param, group)
-        return new_factored(param, shape, rank, self.state_dtype)
 
     def attach(
         self, model: nn.Module, mode: str = "auto", *, step_in_backward: bool = False, check_every: int = 100
@@ -313,7 +323,7 @@ class FactoredOptimizer(Optimizer):
         for index, own, group in self._parameters():
             if own is param and group["algorithm"] == "mofasgd":
                 if not self.state[param]:
-                    self.state[param] = self._new_state(index, param, group)
+                    self._make([(index, param, group)])
                 return Factors(*(self.state[param][key].clone() for key in Factors._fields))
         raise ValueError(
             f"a parameter of shape {tuple(param.shape)} has no factors: it is not in a group with algorithm='mofasgd'"

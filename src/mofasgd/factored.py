@@ -7,6 +7,7 @@ matrices move, so that nothing is read back, except by torch's own SVD on CUDA.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from mofasgd.momentum import Factors, moving
 from mofasgd.options import Group, number
 from mofasgd.residual import residual_factors, row_scales
 from mofasgd.residual import square_norm as row_norm
-from mofasgd.solver import ExactProblem, GramProblem, measure, problem
+from mofasgd.solver import ExactProblem, GramProblem, Products, measure, problem, replace_in, store
 
 
 class Displacement(NamedTuple):
@@ -202,8 +203,14 @@ class Update:
         matrices = [matrix for member in self.members for matrix in member.dense().unbind(0)]
         return torch.stack(torch._foreach_norm(matrices, 2, dtype=torch.float64))
 
-    def after(self, factor: Tensor | None) -> Factors:
+    def after(self, factor: Tensor | None) -> Factors | Products:
         """Return the factors after the step, anything where not `active`; `factor` (0-dim) scales the gradient."""
+        if isinstance(self.problem, GramProblem) and self._moves_at_once:
+            return self.problem.products(factor)
+        return self.solved(factor)
+
+    def solved(self, factor: Tensor | None) -> Factors:
+        """Return what `after` does as tensors."""
         assert self.problem is not None
         return self.problem.solve(factor, self.active)
 
@@ -217,23 +224,23 @@ class Update:
         for i, member in enumerate(self.members):
             yield slice(i * self.b, (i + 1) * self.b), member
 
-    def take(self, after: Factors, factor: Tensor | None) -> None:
+    def take(self, after: Factors | Products, factor: Tensor | None) -> None:
         """Advance momenta and weights; `factor` (0-dim) has scaled the gradient of the factors `after`."""
         active = self._remaining(after)
         before = None if self.context.displace is None else self.before()
         spaces = self.spaces() if self.group["complement"] else None
-        self._store(after, active)
-        gradients = [] if spaces is None else dense_tensors([m.gradient for m in self.members], self.stored.U.dtype)
-        if before is None and self._has_kernel() and (spaces is None or gradients):
-            self._move_all(active, spaces, gradients)
+        if self._moves_at_once:
+            self._move_all(after, active, spaces)
             return
+        assert isinstance(after, Factors)
+        self._store(after, active)
         for part, member in self.parts():
             member.factor = factor
             if spaces is not None:
                 member.spaces = (spaces[0][part], spaces[1][part])
             self._move(member, part, before, active[part])
 
-    def _remaining(self, after: Factors) -> Tensor:
+    def _remaining(self, after: Factors | Products) -> Tensor:
         """Return the matrices that move (B,), less those of a parameter whose momentum overflows."""
         known = self.problem.outcome() if self.problem is not None and self._each() else None
         if known is not None:
@@ -247,12 +254,25 @@ class Update:
     def _store(self, after: Factors, active: Tensor) -> None:
         """Put `after` into the state where active."""
         for new, old in zip(after, self.stored, strict=True):
-            mask = active.view(-1, *[1] * (old.dim() - 1))
-            torch.where(mask, new.view(old.shape), old, out=old)
+            replace_in(old, new, active)
+        self._count(active)
+
+    def _count(self, active: Tensor) -> None:
+        """Count the step of the parameters that take it."""
         if self.starts:
             self.bucket.stack("initialized").view(-1).logical_or_(active)
         self.steps = self.bucket.stack("step")
         self.steps += active if self.b == 1 else active.view(-1, self.b).any(dim=1)
+
+    @functools.cached_property
+    def _moves_at_once(self) -> bool:
+        """Whether kernels move all members in one launch."""
+        known = self.context.displace is None and self._has_kernel()
+        return known and (not self.group["complement"] or bool(self._gradients()))
+
+    def _gradients(self) -> list[Tensor | None]:
+        """Return the gradients as tensors if kernels read them as they are, else nothing."""
+        return dense_tensors([member.gradient for member in self.members], self.stored.U.dtype)
 
     def _has_kernel(self) -> bool:
         """Whether one kernel moves all weights: float32 or bfloat16 on CUDA, contiguous, factors in float32."""
@@ -272,12 +292,14 @@ class Update:
         none = isinstance(decay, (int, float)) and decay == 0
         return moves * (lr * scale), None if none else 1 - moves * (lr * decay)
 
-    def _move_all(self, active: Tensor, spaces: tuple[Tensor, Tensor] | None, gradients: list[Tensor | None]) -> None:
-        """Take the step of all members in one launch; with the complement of `gradients` outside `spaces`, if given."""
+    def _move_all(self, after: Factors | Products, active: Tensor, spaces: tuple[Tensor, Tensor] | None) -> None:
+        """Take the step of all members in one launch; with the complement of gradients outside `spaces`, if given."""
         from mofasgd.kernels.apply import apply_factored
         from mofasgd.kernels.complement import apply_complement
 
-        U, s, V = self.stored
+        s, gradients = self.stored.s, [] if spaces is None else self._gradients()
+        replace_in(s, after.s, active)
+        self._count(active)
         height = heights(self.group, s)
         # Most rules of lr do not read it.
         square_norm = height.square().sum(dim=-1) if self.group["lr_scale"] == "match_rms_adamw" else None
@@ -291,22 +313,21 @@ class Update:
         keep = self.bucket.ones(rates) if keep is None else keep
         keys = self.bucket.rounding_keys(self.context.seed)
         weights = [member.param for member in self.members]
-        # In the dtype in which kernels multiply it: rounded once, in one launch.
-        left = torch.empty_like(U, dtype=self.members[0].param.dtype)
-        torch.mul(U, (height * rates[:, None])[:, None, :], out=left)
+        scale = height * rates[:, None]
+        left, right = store(self.stored, after, active, scale, weights[0].dtype, turned=spaces is None)
         how = self.context.stochastic_rounding
         first = self.members[0]
         if first.part is not None:
             if local(first.param).numel():
                 held = [local(weight) for weight in weights]
-                step = (*self._held(first.part, left, V, keep), keys, self.steps)
+                step = (*self._held(first.part, left, right, keep), keys, self.steps)
                 apply_factored(held, *step, stochastic=how, offset=first.part.offset(first.param.shape))
             return
         if spaces is None:
-            apply_factored(weights, left, V, keep, keys, self.steps, stochastic=how)
+            apply_factored(weights, left, right, keep, keys, self.steps, stochastic=how)
             return
         scales = scales * rates[:, None]
-        step = (left, V, keep, keys, self.steps)
+        step = (left, right, keep, keys, self.steps)
         apply_complement(weights, gradients, residual, scales, *step, stochastic=how, transposed=transposed)
 
     def _held(self, part: Part, left: Tensor, right: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mofasgd.algebra import by_gram, completed, start
+from mofasgd.algebra import by_gram, completed, start, tall_product
 from mofasgd.kernels import usable
 from mofasgd.layout import MatrixShape, as_matrices
 from mofasgd.momentum import (
@@ -118,8 +118,8 @@ def _first_by_gram(firsts: Sequence[FirstWindow], Y: Tensor, Z: Tensor) -> Facto
     Psi = gaussians(first.shape.m, first.widths[1], [f.keys[1] for f in firsts], Y.device, Y.dtype).double()
     Psi = Psi if each == 1 else Psi.repeat_interleave(each, dim=0)
     tall = Y.double()
-    YY, PY, ZZ = tall.mT @ tall, Psi.mT @ tall, Z.double()
-    ZZ = ZZ.mT @ ZZ
+    YY, PY, ZZ = tall_product(tall, tall), tall_product(Psi, tall), Z.double()
+    ZZ = tall_product(ZZ, ZZ)
     del tall, Psi
     left, s, right = start(YY, ZZ, PY, first.rank)
     U = completed(Y.double() @ left, first.shape.m)

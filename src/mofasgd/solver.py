@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +45,39 @@ class Problem(Protocol):
 
     def solve(self, factor: Tensor | None, active: Tensor) -> Factors:
         """Return the factors after the step where `active` (B,), anything elsewhere; `factor` (0-dim) scales G."""
+
+
+class Products(NamedTuple):
+    """Factors after a step that stand as products: new U = [U GV] left, new V = [V GtU] right; on a GPU, in float32.
+
+    Attributes:
+        stored, sketches: U, s and V of the state, contiguous; GV and GtU.
+        weights: `algebra.Weights` of these matrices.
+    """
+
+    stored: Factors
+    sketches: tuple[Tensor, Tensor]
+    weights: Weights
+
+    @property
+    def s(self) -> Tensor:
+        """Singular values after the step (B, r)."""
+        return self.weights.s
+
+    def store(self, active: Tensor, scale: Tensor, left: Tensor, right: Tensor | None) -> None:
+        """Put U and V into the state where `active` (B,).
+
+        Args:
+            active: the matrices that move.
+            scale: (B, r) float32.
+            left: becomes U diag(scale), (B, m, r), in its dtype; zeros where not active.
+            right: becomes V', (B, r, n), in its dtype, zeros where not active; None: it is not wanted.
+        """
+        from mofasgd.kernels.gram import advance
+
+        (U, _, V), (GV, GtU) = self.stored, self.sketches
+        advance(U, GV, self.weights.left, active, scale, left)
+        advance(V, GtU, self.weights.right, active, None, right)
 
 
 class ExactProblem:
@@ -124,6 +157,11 @@ class GramProblem:
             combine(self.stored.U, self.GV, left, active), s, combine(self.stored.V, self.GtU, right, active)
         )
 
+    def products(self, factor: Tensor | None) -> Products:
+        """Return what `solve` does, before it is multiplied."""
+        weights = Weights(*(part[self.part] for part in self.batch.solution(factor)))
+        return Products(self.stored, (self.GV, self.GtU), weights)
+
     def outcome(self) -> tuple[Tensor, Tensor]:
         """See `Problem`."""
         finite, moves = self.batch.outcome
@@ -167,6 +205,31 @@ class GramBatch:
             fits = s.sum(dim=-1) < math.inf
             self.outcome = self.finite & (fits | ~self.moves), self.moves & fits
         return self._solution
+
+
+def replace_in(old: Tensor, new: Tensor, active: Tensor) -> None:
+    """Put `new` (B, ...) in place of `old` where active (B,)."""
+    torch.where(active.view(-1, *[1] * (old.dim() - 1)), new.view(old.shape), old, out=old)
+
+
+def store(
+    stored: Factors, after: Factors | Products, active: Tensor, scale: Tensor, dtype: torch.dtype, *, turned: bool
+) -> tuple[Tensor, Tensor]:
+    """Put U and V of `after` in place of the stored ones where active (B,); return what moves the weights there.
+
+    That is U diag(scale) (B, m, r) in `dtype`, rounded once; and V (B, n, r): with `turned` it may come in `dtype`, its
+    transpose contiguous, as kernels.apply reads it. `scale` is (B, r).
+    """
+    U, _, V = stored
+    left = torch.empty_like(U, dtype=dtype)
+    if isinstance(after, Products):
+        right = left.new_empty(len(V), V.shape[2], V.shape[1]) if turned else None
+        after.store(active, scale, left, right)
+        return left, V if right is None else right.mT
+    replace_in(U, after.U, active)
+    replace_in(V, after.V, active)
+    torch.mul(U, scale[:, None, :], out=left)
+    return left, V
 
 
 def problem(solver: str, stored: Factors, GV: Tensor, GtU: Tensor, beta: float | Tensor) -> ExactProblem | GramProblem:

@@ -51,8 +51,9 @@ class Start(Update):
         firsts = [FirstWindow(self.context.seed, m.index, self.shape, rank, dtype) for m in self.members]
         gradients = [member.gradient for member in self.members if member.gradient is not None]
         joined = start_all(firsts, gradients, self.places)
-        finite = torch.stack([t.isfinite().all(-1).all(-1) for t in joined]).all(dim=0)
-        nonzero = torch.stack([(t != 0).any(-1).any(-1) for t in joined]).any(dim=0)
+        # NaN is neither below infinity nor above zero.
+        largest = torch.stack([torch.linalg.vector_norm(t, torch.inf, dim=(-2, -1)) for t in joined])
+        finite, nonzero = (largest < torch.inf).all(dim=0), (largest > 0).any(dim=0)
         # M_1 is found at a power of two of its size, which may be out of range until the gradient is clipped.
         moves = finite & nonzero
         joined = [clean(t, moves) for t in joined]
@@ -83,7 +84,7 @@ class Start(Update):
         """Return M_1 of the matrices that start, the update of those that have started."""
         s = self.s if factor is None else self.s * factor
         first = self.first._replace(s=s.to(self.first.s.dtype))
-        return first if self.every else self._with(super().after(factor), first)
+        return first if self.every else self._with(self.solved(factor), first)
 
     def before(self) -> Factors:
         """Return M_1 of the matrices that start: it has no factors before it; the complement is taken of its own."""

@@ -55,13 +55,16 @@ def adamw_shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     return {"exp_avg": shape, "exp_avg_sq": shape, "step": ()}
 
 
-def new_factored(param: Tensor, shape: MatrixShape, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return a pending matrix's state: final shapes, zeros."""
+def new_factored(
+    count: int, shape: MatrixShape, rank: int, dtype: torch.dtype, device: torch.device
+) -> list[dict[str, Tensor]]:
+    """Return the states of pending parameters: final shapes, zeros, those of one name side by side in memory."""
     dtypes = {"initialized": torch.bool, "step": torch.float32}
-    return {
-        name: torch.zeros(size, dtype=dtypes.get(name, dtype), device=param.device)
+    stacks = {
+        name: torch.zeros(count, *size, dtype=dtypes.get(name, dtype), device=device).unbind()
         for name, size in factored_shapes(shape, rank).items()
     }
+    return [dict(zip(stacks, parts, strict=True)) for parts in zip(*stacks.values(), strict=True)]
 
 
 def new_adamw(param: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -56,8 +56,8 @@ MUTANTS = [
     Mutant(
         "state in the dtype of the weight",
         "base.py",
-        "return new_factored(param, shape, rank, self.state_dtype)",
-        "return new_factored(param, shape, rank, param.dtype)",
+        "new_factored(len(params), shape, rank, self.state_dtype, device)",
+        "new_factored(len(params), shape, rank, params[0].dtype, device)",
         "test_state.py::test_state_is_tensors_of_the_documented_shapes_and_dtypes",
     ),
     Mutant(

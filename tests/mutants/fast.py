@@ -6,7 +6,7 @@ MUTANTS = [
     Mutant(
         "no completion of null directions",
         "algebra.py",
-        "return orthonormal(torch.where(missing, fill, Q))[0]",
+        "return orthonormal(torch.where(missing, fill, Q), twice=False)[0]",
         "return Q",
         "test_solver.py::test_the_update_keeps_its_budget_on_every_spectrum",
     ),
@@ -90,8 +90,8 @@ MUTANTS = [
     Mutant(
         "the kernel orthogonalizes once",
         "kernels/columns.py",
-        "tl.dot(N1, N2, out_dtype=tl.float64) / high",
-        "N1 / high",
+        "tl.dot(N1, N2, out_dtype=tl.float64)",
+        "N1",
         "test_kernels.py::test_dependent_columns_are_left_out",
     ),
     Mutant(
@@ -142,6 +142,63 @@ MUTANTS = [
         "TOLERANCE = 1e-4",
         "TOLERANCE = 2.0",
         "test_kernels.py::test_rotated_rows_are_orthogonal_and_keep_the_singular_values",
+    ),
+    Mutant(
+        "rows of one block never meet",
+        "kernels/jacobi.py",
+        "range(tl.where(turn == 0, 1, HALF), L)",
+        "range(HALF, L)",
+        "test_kernels.py::test_rotated_rows_are_orthogonal_and_keep_the_singular_values",
+    ),
+    Mutant(
+        "a block meets the same one in every turn",
+        "kernels/jacobi.py",
+        "(turn + pair) % around), (turn - pair + around) % around",
+        "pair % around), (around - pair) % around",
+        "test_kernels.py::test_rotated_rows_are_orthogonal_and_keep_the_singular_values",
+    ),
+    Mutant(
+        "both rows of a pair turn the same way",
+        "kernels/jacobi.py",
+        "s = tl.where(upper, -c * t, c * t)",
+        "s = -c * t",
+        "test_kernels.py::test_rotated_rows_are_orthogonal_and_keep_the_singular_values",
+    ),
+    Mutant(
+        "what does not move leaves noise in the step",
+        "kernels/gram.py",
+        "if TURNED:",
+        "if TURNED and moves:",
+        "test_kernels.py::test_products_in_place_are_those_beside_and_leave_what_is_not_active",
+    ),
+    Mutant(
+        "the sketch's half of the weights left out",
+        "kernels/gram.py",
+        "W = weights + (2 * batch + side) * rank * rank",
+        "W = weights + 2 * batch * rank * rank",
+        "test_kernels.py::test_products_of_tall_matrices_are_those_of_float64",
+    ),
+    Mutant(
+        "the step by the factors before it",
+        "solver.py",
+        "        advance(V, GtU, self.weights.right, active, None, right)\n",
+        "        right = None if right is None else right.copy_(V.mT)\n"
+        "        advance(V, GtU, self.weights.right, active, None, None)\n",
+        "test_kernels.py::test_a_step_in_place_is_the_step_beside",
+    ),
+    Mutant(
+        "the first strip stands for all",
+        "algebra.py",
+        "parts.view(batch, strips, *parts.shape[1:]).sum(dim=1)",
+        "strips * parts.view(batch, strips, *parts.shape[1:])[:, 0]",
+        "test_solver.py::test_products_of_tall_matrices_are_the_same_by_strips",
+    ),
+    Mutant(
+        "short columns are orthogonalized once more, by length",
+        "kernels/columns.py",
+        "rest = rest / (length[:, None] * length[None, :])",
+        "pass",
+        "test_kernels.py::test_dependent_columns_are_left_out",
     ),
     Mutant(
         "a start without the test matrix",

@@ -90,7 +90,7 @@ def apply_factored(
     Args:
         weights: contiguous parameters of one shape and dtype (float32 or bfloat16), b matrices (m, n) each.
         left: (B, m, r), float32 or the dtype of the weights; B = len(weights) * b.
-        right: (B, n, r), float32.
+        right: (B, n, r), float32; not copied if of the weights' dtype and its transpose contiguous.
         keep: (B,), float32, what decay leaves.
         keys: (len(weights), 2) int32, rows of `rng.key_tensor`.
         steps: (len(weights),), number of the step.
@@ -106,7 +106,9 @@ def apply_factored(
     table, aligned = pointers(weights, slices, m * n * weights[0].element_size(), left.device)
     # Rows of the right factor are read as they lie in a tile of W.
     left = left.to(dtype).contiguous()
-    right = torch.empty(batch, rank, n, dtype=dtype, device=right.device).copy_(right.mT)
+    right = right.mT
+    if right.dtype is not dtype or not right.is_contiguous():
+        right = torch.empty(batch, rank, n, dtype=dtype, device=right.device).copy_(right)
     t = tiles or _tiles(rank, bfloat16)
     # Long strips, but enough of them for every multiprocessor.
     chunk = t.N * max(1, min(t.chunk // t.N, batch * triton.cdiv(m, t.M) * triton.cdiv(n, t.N) // 2048))

@@ -14,43 +14,47 @@ from torch import Tensor
 
 @triton.jit
 def _orthogonalize(A, row, column, k, least):
-    """Return (R, N, which columns are kept) of the Gram matrix A: A = R'R, N'AN = I; zeros where a pivot <= `least`."""
+    """Return (R, N) of the Gram matrix A: A = R'R, N'AN = I; zeros where a pivot <= `least`."""
     N = (row[:, None] == column[None, :]).to(tl.float64)
-    R = tl.zeros_like(A)
     for j in range(k):
         line = tl.sum(tl.where(row[:, None] == j, A, 0.0), 0)
         pivot = tl.sum(tl.where(column == j, line, 0.0), 0)
         real = pivot > least
         scale = tl.where(real, 1 / tl.sqrt(tl.where(real, pivot, 1.0)), 0.0)
-        line = tl.where(column >= j, line * scale, 0.0)
-        R = tl.where(row[:, None] == j, line[None, :], R)
+        line *= scale
         after = tl.where(column > j, line, 0.0)
         own = tl.sum(tl.where(column[None, :] == j, N, 0.0), 1) * scale
         N = tl.where(column[None, :] == j, own[:, None], N - own[:, None] * after[None, :])
-        above = tl.sum(tl.where(row[:, None] == column[None, :], after[None, :], 0.0), 1)
-        A -= above[:, None] * after[None, :]
-    return R, N
+        # Rows above are done and `after` is zero there: row j of R takes the place of row j of A.
+        A = tl.where(row[:, None] == j, line[None, :], A - after[:, None] * after[None, :])
+    return tl.where(row[:, None] <= column[None, :], A, 0.0), N
 
 
 @triton.jit
-def _columns(gram, R, N, k, DEPENDENT: tl.constexpr, K: tl.constexpr):
+def _columns(gram, R, N, k, DEPENDENT: tl.constexpr, TWICE: tl.constexpr, K: tl.constexpr):
     """R and N of the Gram matrix number program_id(0)."""
     batch = tl.program_id(0).to(tl.int64) * k * k
     row, column = tl.arange(0, K), tl.arange(0, K)
-    at = row[:, None] * k + column[None, :]
+    at = batch + row[:, None] * k + column[None, :]
     inside = (row < k)[:, None] & (column < k)[None, :]
-    same = row[:, None] == column[None, :]
-    A = tl.load(gram + batch + at, mask=inside, other=0.0)
-    square = tl.sum(tl.where(same, A, 0.0), 0)
-    length = tl.sqrt(tl.where(square > 0, square, 1.0))
-    high = tl.sum(tl.where(same, length[None, :], 0.0), 1)
-    A = A / (high[:, None] * length[None, :])
-    R1, N1 = _orthogonalize(A, row, column, k, DEPENDENT)
-    # What is left of rounding, amplified by short columns, is gone after the second time.
-    again = tl.dot(tl.trans(N1), tl.dot(A, N1, out_dtype=tl.float64), out_dtype=tl.float64)
-    R2, N2 = _orthogonalize(again, row, column, k, 0.5)
-    tl.store(R + batch + at, tl.dot(R2, R1, out_dtype=tl.float64) * length[None, :], mask=inside)
-    tl.store(N + batch + at, tl.dot(N1, N2, out_dtype=tl.float64) / high[:, None], mask=inside)
+    A = tl.load(gram + at, mask=inside, other=0.0)
+    length = _lengths(gram + batch, column, k)
+    R1, N1 = _orthogonalize(A / (length[:, None] * length[None, :]), row, column, k, DEPENDENT)
+    R1, N1 = R1 * length[None, :], N1 / length[:, None]
+    if TWICE:
+        # What is left of rounding, amplified by short columns, is gone after the second time.
+        again = tl.dot(tl.trans(N1), tl.dot(A, N1, out_dtype=tl.float64), out_dtype=tl.float64)
+        R2, N2 = _orthogonalize(again, row, column, k, 0.5)
+        R1, N1 = tl.dot(R2, R1, out_dtype=tl.float64), tl.dot(N1, N2, out_dtype=tl.float64)
+    tl.store(R + at, R1, mask=inside)
+    tl.store(N + at, N1, mask=inside)
+
+
+@triton.jit
+def _lengths(gram, column, k):
+    """Return the lengths of columns with the Gram matrix at `gram`, 1 for those of zeros."""
+    square = tl.load(gram + column * (k + 1), mask=column < k, other=1.0)
+    return tl.sqrt(tl.where(square > 0, square, 1.0))
 
 
 @triton.jit
@@ -61,8 +65,11 @@ def _block(A, i, j, k, T: tl.constexpr):
 
 
 @triton.jit
-def _blocked(gram, R, N, k, least, T: tl.constexpr):
-    """`_orthogonalize` of the Gram matrix number program_id(0), by blocks of T columns; R and N are zeros before."""
+def _blocked(gram, R, N, k, least, UNIT: tl.constexpr, T: tl.constexpr):
+    """`_orthogonalize` of the Gram matrix number program_id(0), by blocks of T columns.
+
+    UNIT: `least` is a part of a column's square. Nothing else depends on the columns' lengths.
+    """
     batch = tl.program_id(0).to(tl.int64) * k * k
     gram += batch
     R += batch
@@ -80,12 +87,22 @@ def _blocked(gram, R, N, k, least, T: tl.constexpr):
                 above = tl.load(at, mask=mask, other=0.0)
                 at, mask = _block(R, i, other, k, T)
                 rest -= tl.dot(tl.trans(above), tl.load(at, mask=mask, other=0.0), out_dtype=tl.float64)
-            if other == j:
-                rest, own = _orthogonalize(rest, row, column, tl.minimum(T, k - j * T), least)
-            else:
+            if other > j:
                 rest = tl.dot(tl.trans(own), rest, out_dtype=tl.float64)
+            elif UNIT:
+                length = _lengths(gram, j * T + column, k)
+                rest = rest / (length[:, None] * length[None, :])
+                rest, own = _orthogonalize(rest, row, column, tl.minimum(T, k - j * T), least)
+                rest, own = rest * length[None, :], own / length[:, None]
+            else:
+                rest, own = _orthogonalize(rest, row, column, tl.minimum(T, k - j * T), least)
             at, mask = _block(R, j, other, k, T)
             tl.store(at, rest, mask=mask)
+        for below in range(j + 1, count):
+            at, mask = _block(R, below, j, k, T)
+            tl.store(at, tl.zeros((T, T), dtype=tl.float64), mask=mask)
+            at, mask = _block(N, below, j, k, T)
+            tl.store(at, tl.zeros((T, T), dtype=tl.float64), mask=mask)
         tl.debug_barrier()
         # Column j of blocks of N = (I - N R) own, above the diagonal.
         for i in range(j):
@@ -102,30 +119,31 @@ def _blocked(gram, R, N, k, least, T: tl.constexpr):
         tl.debug_barrier()
 
 
-def _by_blocks(gram: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    R, N = torch.zeros_like(gram), torch.zeros_like(gram)
+def _by_blocks(gram: Tensor, least: float, unit: bool) -> tuple[Tensor, Tensor]:
+    R, N = torch.empty_like(gram), torch.empty_like(gram)
     with torch.cuda.device_of(gram):
-        _blocked[(len(gram),)](gram, R, N, gram.shape[-1], least, T=32, num_warps=4)
+        _blocked[(len(gram),)](gram, R, N, gram.shape[-1], least, UNIT=unit, T=32, num_warps=4)
     return R, N
 
 
-def independent_columns(gram: Tensor, dependent: float) -> tuple[Tensor, Tensor]:
+def independent_columns(gram: Tensor, dependent: float, twice: bool = True) -> tuple[Tensor, Tensor]:
     """Return (R, N) (B, k, k) of finite Gram matrices (B, k, k), float64.
 
-    `dependent` is the part of a column's square at or below which what those before it leave of it is nothing.
+    `dependent` is the part of a column's square at or below which what those before it leave of it is nothing. Without
+    the second time, A N is orthonormal to the rounding of A'A over the smallest such part, some 1e-5.
     """
     batch, k, _ = gram.shape
     gram = gram.contiguous()
     if k > 64:
         # Too large for the registers of one program.
-        lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-        lengths = torch.where(lengths > 0, lengths, 1.0)
-        unit = gram / (lengths[:, :, None] * lengths[:, None, :])
-        R1, N1 = _by_blocks(unit, dependent)
-        R2, N2 = _by_blocks(N1.mT @ (unit @ N1), 0.5)
-        return (R2 @ R1) * lengths[:, None, :], (N1 @ N2) / lengths[:, :, None]
+        R1, N1 = _by_blocks(gram, dependent, True)
+        if not twice:
+            return R1, N1
+        R2, N2 = _by_blocks(N1.mT @ (gram @ N1), 0.5, False)
+        return R2 @ R1, N1 @ N2
     R, N = torch.empty_like(gram), torch.empty_like(gram)
     K = max(16, triton.next_power_of_2(k))
+    warps = {16: 1, 32: 2}.get(K, 8)
     with torch.cuda.device_of(gram):
-        _columns[(batch,)](gram, R, N, k, DEPENDENT=dependent, K=K, num_warps={16: 1, 32: 2}.get(K, 8))
+        _columns[(batch,)](gram, R, N, k, DEPENDENT=dependent, TWICE=twice, K=K, num_warps=warps)
     return R, N
