@@ -103,10 +103,10 @@ MUTANTS = [
     ),
     Mutant(
         "norms of what overflows when squared",
-        "kernels/norm.py",
-        "value = value * (1 / unit)",
-        "unit = 1.0 + 0 * unit",
-        "test_kernels.py::test_norms_keep_their_accuracy_at_every_scale",
+        "kernels/project.py",
+        "torch.where(small < torch.inf, small * _UP**-2, large * _DOWN**-2)",
+        "(small * _UP**-2)",
+        "test_kernels.py::test_the_first_sketch_measures_gradients_of_every_scale",
     ),
     Mutant(
         "what steps together is never arranged again",
@@ -132,8 +132,8 @@ MUTANTS = [
     Mutant(
         "the left sketch by the rows of the gradient",
         "kernels/project.py",
-        "_multiply(table, left.to(some.dtype), (n, m), (1, n))",
-        "_multiply(table, left.to(some.dtype), (n, m), (n, 1))",
+        "_multiply(table, left.to(some.dtype), (n, m), (1, n))[0]\n\n\ndef sketch_and",
+        "_multiply(table, left.to(some.dtype), (n, m), (n, 1))[0]\n\n\ndef sketch_and",
         "test_kernels.py::test_sketches_equal_plain_products_and_a_missing_gradient_counts_as_zeros",
     ),
     Mutant(
