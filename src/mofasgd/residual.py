@@ -70,12 +70,15 @@ def _weights(of_Q: Tensor, of_P: Tensor, size: Tensor, bound: float) -> tuple[Te
         of_P: P'Pr and (G'Q)'Pr, (B, 2, k, k).
         size: |G|_F (B,) float64.
     """
-    inverse = torch.ldexp(torch.ones_like(size), -torch.frexp(size).exponent.clamp(-100, 125)).float()
-    two = 2 * torch.eye(of_Q.shape[-1], dtype=of_Q.dtype, device=of_Q.device)
+    # The number whose bits hold this exponent: exact, which a power function need not be.
+    inverse = ((127 - torch.frexp(size).exponent.clamp(-100, 125)) << 23).view(torch.float32)
     # (Q'Qr)^-1 = 2 I - Q'Qr up to the square of a rounding; where a column of Q is zero, so is what it multiplies.
-    to_T, oblique = two - of_Q, two - of_P[:, 0]
-    to_T, scaled = to_T * (bound * inverse)[:, None, None], oblique * (bound * inverse)[:, None, None]
-    to_H = torch.cat([scaled, -(to_T.mT @ of_P[:, 1]) @ oblique], dim=1)
+    to_T, oblique = -of_Q, -of_P[:, 0]
+    for square in (to_T, oblique):
+        square.diagonal(dim1=-2, dim2=-1).add_(2)
+    scale = (bound * inverse)[:, None, None]
+    to_T *= scale
+    to_H = torch.cat([oblique * scale, -(to_T.mT @ of_P[:, 1]) @ oblique], dim=1)
     # Whatever is not finite shows in one of these sums.
     finite = (to_H.sum(dim=(1, 2)) - size).isfinite()
     return to_H, to_T, torch.where(finite, inverse, 0.0)

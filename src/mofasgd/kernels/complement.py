@@ -112,6 +112,14 @@ def _squares(
         tl.store(terms + batch * m + rows, total * SCALE, mask=row)
 
 
+def _square_tiles(inner: int) -> Tiles:
+    """Return the tiles for `inner` columns of float16 factors, 0: of float32."""
+    if inner == 0:
+        return Tiles(64, 64, 32, 2048, 8, 2)
+    # All columns of the factors at once, where shared memory has room for them.
+    return Tiles(128, 32, 512, 2048, 8, 4 if inner <= 128 else 2) if inner <= 512 else Tiles(128, 64, 128, 2048, 8, 2)
+
+
 def row_squares(
     gradients: Sequence[Tensor | None],
     residual: tuple[Tensor, Tensor, Tensor, float, Tensor, Tensor, Tensor],
@@ -138,11 +146,7 @@ def row_squares(
     along, across = n, 1
     if transposed:
         left, right, of_right, m, n, along, across = right, left, of_left, n, m, across, along
-    if left.dtype is torch.float16:
-        # All columns of the factors at once, where shared memory has room for them.
-        t = tiles or (Tiles(128, 32, 128, 2048, 8, 4) if inner <= 128 else Tiles(64, 64, 256, 2048, 4, 2))
-    else:
-        t = tiles or Tiles(64, 64, 32, 2048, 4, 2)
+    t = tiles or _square_tiles(inner if left.dtype is torch.float16 else 0)
     parts = triton.cdiv(n, t.chunk)
     squares = left.new_empty(batch, parts, 2, m, dtype=torch.float32)
     terms = squares.new_empty(batch, m)
@@ -266,6 +270,15 @@ def _apply(
             tl.store(W + inside, value.to(WEIGHT), mask=mask)
 
 
+def _apply_tiles(inner: int, low: bool) -> Tiles:
+    """Return the tiles for `inner` columns of float16 factors, 0: of float32; `low`: weights and gradients bfloat16."""
+    if inner == 0:
+        return Tiles(64, 64, 32, 512, 8, 2)
+    if inner <= 128:
+        return Tiles(128, 64, 128, 1024, 8, 3)
+    return Tiles(128, 16, 512, 2048, 8, 2) if inner <= 512 and low else Tiles(64, 64, 128, 512, 4, 2)
+
+
 def apply_complement(
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
@@ -305,10 +318,7 @@ def apply_complement(
     weight_table, weight_aligned = pointers(weights, slices, m * n * dtype.itemsize, left.device)
     gradient_table, gradient_aligned = pointers(gradients, slices, m * n * of.itemsize, left.device)
     low = dtype is torch.bfloat16 and of is torch.bfloat16
-    narrow = A.dtype is torch.float16 and inner <= 128
-    t = tiles or (
-        Tiles(128, 64, 128, 1024, 8, 3) if narrow else Tiles(64, 64, 128 if A.dtype is torch.float16 else 32, 512, 4, 2)
-    )
+    t = tiles or _apply_tiles(inner if A.dtype is torch.float16 else 0, low)
     # Cast here, as by `apply_factored`.
     left, right = left.to(dtype).contiguous(), right.mT.to(dtype).contiguous()
     with torch.cuda.device_of(left):

@@ -85,29 +85,28 @@ def sketch_list(gradients: Sequence[Tensor | None], left: Tensor, right: Tensor)
         gradients: contiguous, of one shape and dtype, b matrices (m, n) each; None counts as zeros.
         left, right: U (B, m, q) and V (B, n, r), contiguous; B = len(gradients) * b.
     """
-    some = next(g for g in gradients if g is not None)
-    table, m, n = _table(gradients, left, right)
-    GV, _ = _multiply(table, right.to(some.dtype), (m, n), (n, 1))
-    return GV, _multiply(table, left.to(some.dtype), (n, m), (1, n))[0]
+    return _sketches(gradients, left, right, measure=False)[:2]
 
 
 def sketch_and_measure(
     gradients: Sequence[Tensor | None], left: Tensor, right: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `sketch_list` does and |G|_F, (B,) float64, which is infinite above 1e33."""
-    some = next(g for g in gradients if g is not None)
-    table, m, n = _table(gradients, left, right)
-    GV, squares = _multiply(table, right.to(some.dtype), (m, n), (n, 1), measure=True)
+    GV, GtU, squares = _sketches(gradients, left, right, measure=True)
     small, large = squares.double().unbind(dim=-1)
-    size = torch.where(small < torch.inf, small * _UP**-2, large * _DOWN**-2).sum(dim=1).sqrt()
-    return GV, _multiply(table, left.to(some.dtype), (n, m), (1, n))[0], size
+    return GV, GtU, torch.where(small < torch.inf, small * _UP**-2, large * _DOWN**-2).sum(dim=1).sqrt()
 
 
-def _table(gradients: Sequence[Tensor | None], left: Tensor, right: Tensor) -> tuple[tuple[Tensor, bool], int, int]:
-    """Return the addresses of the gradients (`pointers`), m and n."""
+def _sketches(
+    gradients: Sequence[Tensor | None], left: Tensor, right: Tensor, *, measure: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (G V, G' U), and the squares of `_multiply`."""
     (batch, m, _), n = left.shape, right.shape[1]
     some = next(g for g in gradients if g is not None)
-    return pointers(gradients, batch // len(gradients), m * n * some.element_size(), left.device), m, n
+    table = pointers(gradients, batch // len(gradients), m * n * some.element_size(), left.device)
+    GV, squares = _multiply(table, right.to(some.dtype), (m, n), (n, 1), measure=measure)
+    GtU, _ = _multiply(table, left.to(some.dtype), (n, m), (1, n))
+    return GV, GtU, squares
 
 
 def _widths(rank: int) -> tuple[int, int]:
