@@ -167,6 +167,20 @@ def test_sketches_of_every_width(rank, dtype):
         assert (a - b).abs().max() <= 1e-6 * length
 
 
+@pytest.mark.parametrize("shape", [(70, 150), (150, 70), (128, 128)])
+def test_sketches_by_panels(shape):
+    from mofasgd.kernels.project import Cut, _sketches
+
+    m, n = shape
+    gradients = [normal(2, m, n, dtype=torch.bfloat16), None]
+    U, V = normal(4, m, 5), normal(4, n, 20)
+    whole = _sketches(gradients, U, V, measure=True)
+    found = _sketches(gradients, U, V, measure=True, cut=Cut(16, 32, 4, 2, 40 * 70))
+    for a, b in zip(found[:2], whole[:2], strict=True):
+        assert (a - b).abs().max() <= 1e-4
+    assert torch.allclose(found[2].sum(dim=1), whole[2].sum(dim=1), rtol=1e-5)
+
+
 @pytest.mark.parametrize("rank", [5, 40])
 def test_a_basis_is_extended_in_float64(rank):
     from mofasgd.kernels.factors import extend

@@ -132,9 +132,16 @@ MUTANTS = [
     Mutant(
         "the left sketch by the rows of the gradient",
         "kernels/project.py",
-        "_multiply(table, left.to(some.dtype), (n, m), (1, n))",
-        "_multiply(table, left.to(some.dtype), (n, m), (n, 1))",
+        "exists, q, across, along,",
+        "exists, q, along, across,",
         "test_kernels.py::test_sketches_equal_plain_products_and_a_missing_gradient_counts_as_zeros",
+    ),
+    Mutant(
+        "a panel that reads the next ones",
+        "kernels/project.py",
+        "rows < n, begin, end, exists, q,",
+        "rows < n, begin, m, exists, q,",
+        "test_kernels.py::test_sketches_by_panels",
     ),
     Mutant(
         "the second block of columns is the first again",

@@ -1,13 +1,15 @@
 """Sketches G V and G' U of a list of same-shaped gradients, accumulated in float32.
 
-Equals `mofasgd.momentum.sketch` with U and V rounded to the gradient's dtype. Two skinny products, one launch each,
-read every gradient twice. One read was tried: its parts of G' U, one a strip of rows, cost what the second read does.
-The first of them sums the squares of G where they are asked for.
+Equals `mofasgd.momentum.sketch` with U and V rounded to the gradient's dtype. Two skinny products in one launch read
+every gradient twice, panel by panel, the second time from the cache. One read was tried: its parts of G' U, one a strip
+of rows instead of one a panel, cost what a second read does. The first product sums the squares of G where they are
+asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,6 +26,20 @@ _UP, _DOWN = 2.0**60, 2.0**-48
 """Scales at which float32 sums the squares of G: that of the small is right until it overflows, at a norm of 16, where
 that of the large, which may be 1e33, has long been right."""
 
+_PANEL = 1 << 22
+"""Elements of a panel: few enough that the panels at work fit the cache (50 MB of an H200), half of it far from a
+multiprocessor; enough that sums of panels, r float32 numbers beside every column of them, are small."""
+
+
+class Cut(NamedTuple):
+    """How the kernel is cut: rows and columns of a tile of G, warps, stages; elements of a panel."""
+
+    M: int
+    N: int
+    warps: int
+    stages: int
+    panel: int
+
 
 @triton.jit
 def _rows(factor, at, real, k, rank):
@@ -32,28 +48,22 @@ def _rows(factor, at, real, k, rank):
 
 
 @triton.jit
-def _product(
-    matrices, factor, result, squares, m, n, rank, along, across,
+def _strip(
+    A, factor, result, squares, rows, row, begin, end, exists, rank, along, across,
     M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, MORE: tl.constexpr, SQUARES: tl.constexpr,
-    UP: tl.constexpr, DOWN: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    UP: tl.constexpr, DOWN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """M rows of A B, with A (m, n) at strides (along, across) of matrix `batch` and B (n, rank), rank <= R + MORE."""
-    batch = tl.program_id(1).to(tl.int64)
-    rows, k = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, R)
-    row = rows < m
-    A = matrix_at(matrices + batch, DTYPE, ALIGNED)
-    exists = tl.load(matrices + batch) != 0
-    factor += batch * n * rank
+    """M rows of A B, summed over columns begin .. end of A, which has strides (along, across); rank <= R + MORE."""
+    k = tl.arange(0, R)
     total = tl.zeros((M, R), dtype=tl.float32)
     if MORE > 0:
         j = R + tl.arange(0, MORE)
         rest = tl.zeros((M, MORE), dtype=tl.float32)
     if SQUARES:
         small, large = tl.zeros((M, N), dtype=tl.float32), tl.zeros((M, N), dtype=tl.float32)
-    for start in range(0, n, N):
+    for start in range(begin, end, N):
         columns = start + tl.arange(0, N)
-        column = (columns < n) & exists
+        column = (columns < end) & exists
         tile = tl.load(
             A + rows[:, None].to(tl.int64) * along + columns[None, :].to(tl.int64) * across,
             mask=row[:, None] & column[None, :],
@@ -68,14 +78,49 @@ def _product(
             up, down = tile.to(tl.float32) * UP, tile.to(tl.float32) * DOWN
             small += up * up
             large += down * down
-    at = result + batch * m * rank + rows[:, None] * rank
+    at = result + rows[:, None] * rank
     tl.store(at + k[None, :], total, mask=row[:, None] & (k < rank)[None, :])
     if MORE > 0:
         tl.store(at + j[None, :], rest, mask=row[:, None] & (j < rank)[None, :])
     if SQUARES:
-        squares += (batch * tl.num_programs(0) + tl.program_id(0)) * 2
         tl.store(squares, tl.sum(tl.sum(small, 1), 0))
         tl.store(squares + 1, tl.sum(tl.sum(large, 1), 0))
+
+
+@triton.jit
+def _products(
+    matrices, right, left, AB, parts, squares, m, n, r, q, panel, along, across,
+    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, MORE: tl.constexpr, Q: tl.constexpr, REST: tl.constexpr,
+    SQUARES: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """M rows of A B, or of what `panel` rows of A add to A'C; A (m, n) has strides (along, across), B, C r, q columns.
+
+    The programs of a panel follow each other, so that the cache still holds it for those that read it again.
+    """
+    batch = tl.program_id(1).to(tl.int64)
+    tall = tl.cdiv(panel, M)
+    each = tall + tl.cdiv(n, M)
+    number, i = tl.program_id(0) // each, tl.program_id(0) % each
+    begin = number * panel
+    end = tl.minimum(begin + panel, m)
+    A = matrix_at(matrices + batch, DTYPE, ALIGNED)
+    exists = tl.load(matrices + batch) != 0
+    panels = tl.num_programs(0) // each
+    if i < tall:
+        rows = begin + i * M + tl.arange(0, M)
+        squares += (batch * panels * tall + number * tall + i) * 2
+        _strip(
+            A, right + batch * n * r, AB + batch * m * r, squares, rows, rows < end, 0, n, exists, r, along, across,
+            M, N, R, MORE, SQUARES, UP, DOWN, DOT, PRECISION,
+        )  # fmt: skip
+    else:
+        rows = (i - tall) * M + tl.arange(0, M)
+        parts += (batch * panels + number) * n * q
+        _strip(
+            A, left + batch * m * q, parts, squares, rows, rows < n, begin, end, exists, q, across, along,
+            M, N, Q, REST, False, UP, DOWN, DOT, PRECISION,
+        )  # fmt: skip
 
 
 def sketch_list(gradients: Sequence[Tensor | None], left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,15 +143,55 @@ def sketch_and_measure(
 
 
 def _sketches(
-    gradients: Sequence[Tensor | None], left: Tensor, right: Tensor, *, measure: bool
+    gradients: Sequence[Tensor | None], left: Tensor, right: Tensor, *, measure: bool, cut: Cut | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (G V, G' U), and the squares of `_multiply`."""
-    (batch, m, _), n = left.shape, right.shape[1]
+    """Return (G V, G' U), and squares of G summed over programs' rows at both scales, (B, programs, 2), if `measure`.
+
+    `cut` is for measurements.
+    """
+    if right.shape[-1] > WIDEST or left.shape[-1] > WIDEST:
+        return _by_blocks(gradients, left, right, measure)
+    (batch, m, q), (_, n, r) = left.shape, right.shape
     some = next(g for g in gradients if g is not None)
-    table = pointers(gradients, batch // len(gradients), m * n * some.element_size(), left.device)
-    GV, squares = _multiply(table, right.to(some.dtype), (m, n), (n, 1), measure=measure)
-    GtU, _ = _multiply(table, left.to(some.dtype), (n, m), (1, n))
-    return GV, GtU, squares
+    dtype = some.dtype
+    matrices, aligned = pointers(gradients, batch // len(gradients), m * n * some.element_size(), left.device)
+    (R, more), (Q, rest) = _widths(r), _widths(q)
+    left, right, along, across = left.to(dtype), right.to(dtype), n, 1
+    # Panels lie across the longer side: a sum over all of the shorter one is complete.
+    swap = n > m
+    if swap:
+        left, right, m, n, r, q, along, across = right, left, n, m, q, r, across, along
+        R, more, Q, rest = Q, rest, R, more
+    M, N, warps, stages, elements = cut or _cut(dtype, max(R + more, Q + rest))
+    panel = min(m, max(1, elements // (n * M)) * M)
+    panels = triton.cdiv(m, panel)
+    tall = triton.cdiv(panel, M)
+    AB = torch.empty(batch, m, r, dtype=torch.float32, device=left.device)
+    parts, squares = AB.new_empty(batch, panels, n, q), AB.new_empty(batch, panels * tall, 2)
+    with torch.cuda.device_of(left):
+        _products[(panels * (tall + triton.cdiv(n, M)), batch)](
+            matrices, right, left, AB, parts, squares, m, n, r, q, panel, along, across,
+            M=M, N=N, R=R, MORE=more, Q=Q, REST=rest, SQUARES=measure, UP=_UP, DOWN=_DOWN, DTYPE=TYPES[dtype],
+            DOT=operand(dtype), PRECISION=precision(dtype), ALIGNED=aligned, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    AC = parts.sum(dim=1) if panels > 1 else parts[:, 0]
+    return (AC, AB, squares) if swap else (AB, AC, squares)
+
+
+def _by_blocks(
+    gradients: Sequence[Tensor | None], left: Tensor, right: Tensor, measure: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `_sketches` of factors wider than a program multiplies by."""
+    count = max(triton.cdiv(t.shape[-1], WIDEST) for t in (left, right))
+    pairs = zip(*([part.contiguous() for part in t.chunk(count, -1)] for t in (left, right)), strict=True)
+    found = [_sketches(gradients, *pair, measure=measure and i == 0) for i, pair in enumerate(pairs)]
+    return torch.cat([one[0] for one in found], -1), torch.cat([one[1] for one in found], -1), found[0][2]
+
+
+def _cut(dtype: torch.dtype, columns: int) -> Cut:
+    if dtype is torch.float32:
+        return Cut(64, 64, 4, 2, _PANEL)
+    return Cut(64, 128, 4, 4, _PANEL) if columns <= 64 else Cut(128, 64, 8, 3, _PANEL)
 
 
 def _widths(rank: int) -> tuple[int, int]:
@@ -117,39 +202,3 @@ def _widths(rank: int) -> tuple[int, int]:
     whole = max(32, triton.next_power_of_2(rank))
     more = max(16, triton.next_power_of_2(max(1, rank - whole // 2)))
     return (whole // 2, more) if whole > 32 and more < whole // 2 else (whole, 0)
-
-
-def _multiply(
-    table: tuple[Tensor, bool],
-    factor: Tensor,
-    shape: tuple[int, int],
-    strides: tuple[int, int],
-    *,
-    measure: bool = False,
-    cut: tuple[int, int, int, int] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return A B (B, m, r) of matrices A (m, n) with `strides` and a factor B (B, n, r) of their dtype.
-
-    Beside it, to be read if `measure`, squares of A summed over each program's rows at both scales, (B, programs, 2).
-    `cut` (rows, columns, warps, stages) is for measurements.
-    """
-    matrices, aligned = table
-    dtype, batch, (m, n), rank = factor.dtype, len(factor), shape, factor.shape[-1]
-    if rank > WIDEST:
-        first, *others = (part.contiguous() for part in factor.split(WIDEST, -1))
-        product, squares = _multiply(table, first, shape, strides, measure=measure, cut=cut)
-        return torch.cat([product, *(_multiply(table, other, shape, strides)[0] for other in others)], -1), squares
-    R, more = _widths(rank)
-    M, N, warps, stages = cut or (
-        (64, 64, 4, 2) if dtype is torch.float32 else (64, 128, 4, 4) if R + more <= 64 else (128, 64, 8, 3)
-    )
-    programs = triton.cdiv(m, M)
-    result = torch.empty(batch, m, rank, dtype=torch.float32, device=factor.device)
-    squares = result.new_empty(batch, programs, 2)
-    with torch.cuda.device_of(factor):
-        _product[(programs, batch)](
-            matrices, factor, result, squares, m, n, rank, *strides,
-            M=M, N=N, R=R, MORE=more, SQUARES=measure, UP=_UP, DOWN=_DOWN, DTYPE=TYPES[dtype], DOT=operand(dtype),
-            PRECISION=precision(dtype), ALIGNED=aligned, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-    return result, squares
