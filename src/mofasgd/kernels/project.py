@@ -26,13 +26,12 @@ _UP, _DOWN = 2.0**60, 2.0**-48
 """Scales at which float32 sums the squares of G: that of the small is right until it overflows, at a norm of 16, where
 that of the large, which may be 1e33, has long been right."""
 
-_PANEL = 1 << 22
-"""Elements of a panel: few enough that the panels at work fit the cache (50 MB of an H200), half of it far from a
-multiprocessor; enough that sums of panels, r float32 numbers beside every column of them, are small."""
+_PANEL, _CACHED = 1 << 22, 1 << 23
+"""Elements of a panel, at least and at most: the panels at work must fit the cache (50 MB of an H200)."""
 
 
 class Cut(NamedTuple):
-    """How the kernel is cut: rows and columns of a tile of G, warps, stages; elements of a panel."""
+    """How the kernel is cut: rows and columns of a tile of G, warps, stages; rows of a panel."""
 
     M: int
     N: int
@@ -162,10 +161,10 @@ def _sketches(
     if swap:
         left, right, m, n, r, q, along, across = right, left, n, m, q, r, across, along
         R, more, Q, rest = Q, rest, R, more
-    M, N, warps, stages, elements = cut or _cut(dtype, max(R + more, Q + rest))
-    panel = min(m, max(1, elements // (n * M)) * M)
+    M, N, warps, stages, panel = cut or _cut(dtype, n, q, max(R + more, Q + rest))
+    tall = triton.cdiv(min(panel, m), M)
+    panel = tall * M
     panels = triton.cdiv(m, panel)
-    tall = triton.cdiv(panel, M)
     AB = torch.empty(batch, m, r, dtype=torch.float32, device=left.device)
     parts, squares = AB.new_empty(batch, panels, n, q), AB.new_empty(batch, panels * tall, 2)
     with torch.cuda.device_of(left):
@@ -188,10 +187,14 @@ def _by_blocks(
     return torch.cat([one[0] for one in found], -1), torch.cat([one[1] for one in found], -1), found[0][2]
 
 
-def _cut(dtype: torch.dtype, columns: int) -> Cut:
+def _cut(dtype: torch.dtype, n: int, q: int, columns: int) -> Cut:
+    """Return how to multiply a panel's rows of n elements by factors of up to `columns` and q columns."""
+    rows = max(_PANEL // n, 32 * q)
+    # Its sums, float32, are then an eighth of what need not be read again.
+    panel = rows if rows * n <= _CACHED else 1 << 31
     if dtype is torch.float32:
-        return Cut(64, 64, 4, 2, _PANEL)
-    return Cut(64, 128, 4, 4, _PANEL) if columns <= 64 else Cut(128, 64, 8, 3, _PANEL)
+        return Cut(64, 64, 4, 2, panel)
+    return Cut(64, 128, 4, 4, panel) if columns <= 64 else Cut(128, 64, 8, 3, panel)
 
 
 def _widths(rank: int) -> tuple[int, int]:
