@@ -320,7 +320,8 @@ def apply_complement(
     low = dtype is torch.bfloat16 and of is torch.bfloat16
     t = tiles or _apply_tiles(inner if A.dtype is torch.float16 else 0, low)
     # Cast here, as by `apply_factored`.
-    left, right = left.to(dtype).contiguous(), right.mT.to(dtype).contiguous()
+    left = left.to(dtype).contiguous()
+    right = torch.empty(batch, rank, n, dtype=dtype, device=right.device).copy_(right.mT)
     with torch.cuda.device_of(left):
         _apply[(triton.cdiv(m, t.M) * triton.cdiv(n, t.chunk), batch)](
             weight_table, gradient_table, A, B, inverse, scales, left, right, keep, keys, steps,
