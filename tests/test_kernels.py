@@ -166,13 +166,91 @@ def test_test_matrices_are_the_same_to_the_bit(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_norms_keep_their_accuracy_at_every_scale(dtype):
-    from mofasgd.kernels.norm import norms_of
+def test_the_first_sketch_measures_gradients_of_every_scale(dtype):
+    from mofasgd.kernels.project import sketch_and_measure, sketch_list
 
-    matrices = [normal(2, 300, 250).mul_(scale).to(dtype) for scale in (1.0, 1e-30, 1e30)]
-    found = norms_of([matrices[0], None, *matrices[1:]], 8)
+    # Between the ranges of the two sums, and above all of them.
+    scales = (1.0, 1e-35, 1e-30, 0.05, 1.0, 30.0, 1e30, 1e36)
+    matrices = [normal(2, 300, 250).mul_(scale).to(dtype) for scale in scales]
+    matrices[4][0, 7, 9] = torch.inf
+    gradients = [matrices[0], None, *matrices[1:]]
+    U, V = normal(18, 300, 5), normal(18, 250, 5)
+    GV, GtU, found = sketch_and_measure(gradients, U, V)
     expected = [G.double().square().sum(dim=(-2, -1)).sqrt() for G in matrices]
-    assert torch.allclose(found, torch.cat([expected[0], torch.zeros_like(expected[0]), *expected[1:]]), rtol=1e-6)
+    expected = torch.cat([expected[0], torch.zeros_like(expected[0]), *expected[1:]])
+    expected[-2:] = torch.inf
+    assert torch.allclose(found, expected, rtol=1e-3, atol=0)
+    for a, b in zip((GV, GtU), sketch_list(gradients, U, V), strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rank", [20, 49, 72, 145, 300])
+def test_sketches_of_every_width(rank, dtype):
+    from mofasgd.kernels.project import sketch_list
+
+    G, U, V = normal(1, 70, 150, dtype=dtype), normal(1, 70, rank), normal(1, 150, rank)
+    expected = sketch(G.double(), U.to(dtype).double(), V.to(dtype).double())
+    for a, b, length in zip(sketch_list([G], U, V), expected, (150, 70), strict=True):
+        assert (a - b).abs().max() <= 1e-6 * length
+
+
+@pytest.mark.parametrize("shape", [(70, 150), (150, 70), (128, 128)])
+def test_sketches_by_panels(shape):
+    from mofasgd.kernels.project import Cut, _sketches
+
+    m, n = shape
+    gradients = [normal(2, m, n, dtype=torch.bfloat16), None]
+    U, V = normal(4, m, 5), normal(4, n, 20)
+    whole = _sketches(gradients, U, V, measure=True)
+    found = _sketches(gradients, U, V, measure=True, cut=Cut(16, 32, 4, 2, 40))
+    for a, b in zip(found[:2], whole[:2], strict=True):
+        assert (a - b).abs().max() <= 1e-4
+    assert torch.allclose(found[2].sum(dim=1), whole[2].sum(dim=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [5, 40])
+def test_a_basis_is_extended_in_float64(rank):
+    from mofasgd.kernels.factors import extend
+
+    U, S, W = normal(2, 150, rank), normal(2, 150, rank), normal(2, 2 * rank, rank, dtype=torch.float64)
+    kept = (torch.arange(rank, device=DEVICE) < rank - 2).double().expand(2, -1)
+    expected = torch.cat([U * kept[:, None], torch.cat([U, S], dim=-1).double() @ W], dim=-1)
+    # The result is rounded to float32.
+    assert torch.allclose(extend(U, S, W, kept).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("m", "width"), [(700, 10), (150, 80)])
+def test_products_with_rounded_bases_are_as_good_as_float32(m, width, dtype):
+    from mofasgd.kernels.factors import cross
+
+    A, S = normal(2, m, width), normal(2, m, width)
+    low = A.to(dtype).double()
+    expected = torch.stack([A.double().mT @ low, S.double().mT @ low], dim=1)
+    assert (cross(A, S, dtype) - expected).abs().max() <= 1e-6 * m**0.5 * 10
+    assert (cross(A, None, dtype) - expected[:, :1]).abs().max() <= 1e-6 * m**0.5 * 10
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("width", [10, 80])
+def test_factors_are_joined_and_measured(width, dtype, left):
+    from mofasgd.kernels.factors import join
+
+    A, S = normal(3, 150, width), normal(3, 150, width)
+    W = normal(3, (1 + left) * width, width)
+    inverse = torch.tensor([1.0, 0.0, 2.0], device=DEVICE)
+    A[1, 3, 2] = torch.nan
+    S[1, 5, 1] = torch.inf
+    product = S.double() @ W[:, :width].double() + (A.double() @ W[:, width:].double() if left else 0)
+    expected = torch.cat([3 * A.double(), product] if left else [product, 3 * A.double()], dim=-1)
+    expected[1] = 0
+    found, squares = join(A, S, W, inverse, 3.0, dtype, left=left)
+    # float16's rounding of an element, or sums of `width` products of size 1 in float32.
+    rounding = 2.0**-11 if dtype is torch.float16 else 1e-6
+    assert torch.allclose(found.double(), expected, rtol=rounding, atol=1e-6 * width)
+    assert torch.allclose(squares.double(), expected.square().sum(dim=1), rtol=1e-5)
 
 
 def test_addresses_are_those_of_the_matrices():

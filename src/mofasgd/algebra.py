@@ -281,22 +281,31 @@ def solve(small: Small, beta: float | Tensor, factor: Tensor | None) -> Weights:
     return Weights(Nu @ completed(X, r), found, Nv @ Y)
 
 
-def seen(small: Small, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weights (B, 2r, r) float64 that make orthonormal or zero columns of what GV adds to U, and GtU to V.
+def extended(A: Tensor, B: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
+    """Return [A diag(kept), [A B] weights] (B, m, 2r) in the dtype of A, the second half summed in float64."""
+    if usable(A.device) and A.dtype is torch.float32:
+        from mofasgd.kernels.factors import extend
 
-    Args:
-        small: of stored factors; completion columns take no part.
-        sizes: |G|_F in float64, (B,); the sketches round relative to it.
+        return extend(A, B, weights, kept)
+    return torch.cat([A * kept[:, None, :].to(A.dtype), (torch.cat([A, B], dim=-1).double() @ weights).to(A.dtype)], -1)
+
+
+def seen_columns(small: Small) -> tuple[Tensor, Tensor]:
+    """Return how long (2, B, r) what GV adds to U is, and GtU to V, and the weights (2, B, 2r, r) of its unit columns.
+
+    All float64. `small` is of stored factors; completion columns take no part.
     """
     r = small.s.shape[-1]
     real = small.real.repeat(1, 2)
-    # A sum in float64, of bfloat16 or float32 products: what is left of a column inside the space is rounding.
-    noise = 100 * torch.finfo(torch.float32).eps * sizes.repeat(2)[:, None]
     R, N = independent_columns((small.grams * real[:, :, None] * real[:, None, :]).flatten(0, 1))
-    new = R.diagonal(dim1=-2, dim2=-1)[:, r:] > noise
-    weights = N[:, :, r:] * new[:, None, :]
-    left, right = weights.chunk(2)
-    return left, right
+    return R.diagonal(dim1=-2, dim2=-1)[:, r:].view(2, -1, r), N.view(2, -1, 2 * r, 2 * r)[..., r:]
+
+
+def seen(lengths: Tensor, weights: Tensor, sizes: Tensor) -> Tensor:
+    """Return `weights` of `seen_columns` with zeros for columns that are rounding; `sizes` (B,) are |G|_F, float64."""
+    # A sum in float64, of bfloat16 or float32 products: what is left of a column inside the space is rounding.
+    noise = 100 * torch.finfo(torch.float32).eps * sizes[:, None]
+    return weights * (lengths > noise)[:, :, None, :]
 
 
 def start(YY: Tensor, ZZ: Tensor, PY: Tensor, rank: int) -> Weights:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from itertools import accumulate
@@ -13,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mofasgd.algebra import Weights, by_gram, combine, gram, observed, seen, solve
+from mofasgd.algebra import Weights, by_gram, combine, extended, gram, observed, seen, seen_columns, solve
 from mofasgd.complement import seen_spaces
 from mofasgd.momentum import Factors, real_columns, real_factors, tangent_square_norm, update_factors
 
@@ -144,11 +145,10 @@ class GramProblem:
 
     def spaces(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """See `Problem`."""
-        left, right = seen(self.batch.small.part(self.part), sizes)
-        U, _, V = self.before
-        every = torch.ones_like(self.finite)
-        Q = torch.cat([U, combine(self.stored.U, self.GV, left, every)], dim=-1)
-        return Q, torch.cat([V, combine(self.stored.V, self.GtU, right, every)], dim=-1)
+        lengths, weights = self.batch.seen
+        left, right = seen(lengths[:, self.part], weights[:, self.part], sizes)
+        kept = self.batch.small.real[self.part]
+        return extended(self.stored.U, self.GV, left, kept), extended(self.stored.V, self.GtU, right, kept)
 
     def solve(self, factor: Tensor | None, active: Tensor) -> Factors:
         """See `Problem`."""
@@ -190,6 +190,11 @@ class GramBatch:
             gram(member.stored.V, member.GtU, grams[1, first:end])
         self.small, self.finite, self.moves, self.square_norms = observed(grams, s)
         self._solution: Weights | None = None
+
+    @functools.cached_property
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """`algebra.seen_columns` of all problems, which the complement asks for."""
+        return seen_columns(self.small)
 
     def solution(self, factor: Tensor | None) -> Weights:
         """Return the weights of all problems, s in the dtype of the state.

@@ -1,12 +1,15 @@
 """Sketches G V and G' U of a list of same-shaped gradients, accumulated in float32.
 
-Equals `mofasgd.momentum.sketch` with U and V rounded to the gradient's dtype. Two skinny products, one launch each,
-read every gradient twice. One read was tried: its parts of G' U, one a strip of rows, cost what the second read does.
+Equals `mofasgd.momentum.sketch` with U and V rounded to the gradient's dtype. Two skinny products in one launch read
+every gradient twice, panel by panel, the second time from the cache. One read was tried: its parts of G' U, one a strip
+of rows instead of one a panel, cost what a second read does. The first product sums the squares of G where they are
+asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,40 +19,107 @@ from torch import Tensor
 from mofasgd.kernels import pointers
 from mofasgd.kernels.common import TYPES, matrix_at, operand, precision
 
+WIDEST = 256
+"""Columns of a factor that one program multiplies by."""
+
+_UP, _DOWN = 2.0**60, 2.0**-48
+"""Scales at which float32 sums the squares of G: that of the small is right until it overflows, at a norm of 16, where
+that of the large, which may be 1e33, has long been right."""
+
+_PANEL, _CACHED = 1 << 22, 1 << 23
+"""Elements of a panel, at least and at most: the panels at work must fit the cache (50 MB of an H200)."""
+
+
+class Cut(NamedTuple):
+    """How the kernel is cut: rows and columns of a tile of G, warps, stages; rows of a panel."""
+
+    M: int
+    N: int
+    warps: int
+    stages: int
+    panel: int
+
 
 @triton.jit
-def _product(
-    matrices, factor, result, m, n, rank, along, across,
-    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+def _rows(factor, at, real, k, rank):
+    """Return rows `at` of a factor in its columns `k`, zeros outside."""
+    return tl.load(factor + at[:, None] * rank + k[None, :], mask=real[:, None] & (k < rank)[None, :], other=0.0)
+
+
+@triton.jit
+def _strip(
+    A, factor, result, squares, rows, row, begin, end, exists, rank, along, across,
+    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, MORE: tl.constexpr, SQUARES: tl.constexpr,
+    UP: tl.constexpr, DOWN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """M rows of A B, with A (m, n) at strides (along, across) of matrix `batch` and B (n, r)."""
-    batch = tl.program_id(1).to(tl.int64)
-    rows, k = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, R)
-    row = rows < m
-    A = matrix_at(matrices + batch, DTYPE, ALIGNED)
-    exists = tl.load(matrices + batch) != 0
+    """M rows of A B, summed over columns begin .. end of A, which has strides (along, across); rank <= R + MORE."""
+    k = tl.arange(0, R)
     total = tl.zeros((M, R), dtype=tl.float32)
-    for start in range(0, n, N):
+    if MORE > 0:
+        j = R + tl.arange(0, MORE)
+        rest = tl.zeros((M, MORE), dtype=tl.float32)
+    if SQUARES:
+        small, large = tl.zeros((M, N), dtype=tl.float32), tl.zeros((M, N), dtype=tl.float32)
+    for start in range(begin, end, N):
         columns = start + tl.arange(0, N)
-        column = (columns < n) & exists
+        column = (columns < end) & exists
         tile = tl.load(
             A + rows[:, None].to(tl.int64) * along + columns[None, :].to(tl.int64) * across,
             mask=row[:, None] & column[None, :],
             other=0.0,
         ).to(DOT)
-        B = tl.load(
-            factor + batch * n * rank + columns[:, None] * rank + k[None, :],
-            mask=column[:, None] & (k < rank)[None, :],
-            other=0.0,
-        ).to(DOT)
+        B = _rows(factor, columns, column, k, rank).to(DOT)
         total = tl.dot(tile, B, total, input_precision=PRECISION)
-    at = result + batch * m * rank + rows[:, None] * rank + k[None, :]
-    tl.store(at, total, mask=row[:, None] & (k < rank)[None, :])
+        if MORE > 0:
+            B = _rows(factor, columns, column, j, rank).to(DOT)
+            rest = tl.dot(tile, B, rest, input_precision=PRECISION)
+        if SQUARES:
+            up, down = tile.to(tl.float32) * UP, tile.to(tl.float32) * DOWN
+            small += up * up
+            large += down * down
+    at = result + rows[:, None] * rank
+    tl.store(at + k[None, :], total, mask=row[:, None] & (k < rank)[None, :])
+    if MORE > 0:
+        tl.store(at + j[None, :], rest, mask=row[:, None] & (j < rank)[None, :])
+    if SQUARES:
+        tl.store(squares, tl.sum(tl.sum(small, 1), 0))
+        tl.store(squares + 1, tl.sum(tl.sum(large, 1), 0))
 
 
-WIDEST = 256
-"""Columns of a factor that one program multiplies by."""
+@triton.jit
+def _products(
+    matrices, right, left, AB, parts, squares, m, n, r, q, panel, along, across,
+    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, MORE: tl.constexpr, Q: tl.constexpr, REST: tl.constexpr,
+    SQUARES: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """M rows of A B, or of what `panel` rows of A add to A'C; A (m, n) has strides (along, across), B, C r, q columns.
+
+    The programs of a panel follow each other, so that the cache still holds it for those that read it again.
+    """
+    batch = tl.program_id(1).to(tl.int64)
+    tall = tl.cdiv(panel, M)
+    each = tall + tl.cdiv(n, M)
+    number, i = tl.program_id(0) // each, tl.program_id(0) % each
+    begin = number * panel
+    end = tl.minimum(begin + panel, m)
+    A = matrix_at(matrices + batch, DTYPE, ALIGNED)
+    exists = tl.load(matrices + batch) != 0
+    panels = tl.num_programs(0) // each
+    if i < tall:
+        rows = begin + i * M + tl.arange(0, M)
+        squares += (batch * panels * tall + number * tall + i) * 2
+        _strip(
+            A, right + batch * n * r, AB + batch * m * r, squares, rows, rows < end, 0, n, exists, r, along, across,
+            M, N, R, MORE, SQUARES, UP, DOWN, DOT, PRECISION,
+        )  # fmt: skip
+    else:
+        rows = (i - tall) * M + tl.arange(0, M)
+        parts += (batch * panels + number) * n * q
+        _strip(
+            A, left + batch * m * q, parts, squares, rows, rows < n, begin, end, exists, q, across, along,
+            M, N, Q, REST, False, UP, DOWN, DOT, PRECISION,
+        )  # fmt: skip
 
 
 def sketch_list(gradients: Sequence[Tensor | None], left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,29 +129,79 @@ def sketch_list(gradients: Sequence[Tensor | None], left: Tensor, right: Tensor)
         gradients: contiguous, of one shape and dtype, b matrices (m, n) each; None counts as zeros.
         left, right: U (B, m, q) and V (B, n, r), contiguous; B = len(gradients) * b.
     """
-    batch, m, _ = left.shape
-    n = right.shape[1]
+    return _sketches(gradients, left, right, measure=False)[:2]
+
+
+def sketch_and_measure(
+    gradients: Sequence[Tensor | None], left: Tensor, right: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `sketch_list` does and |G|_F, (B,) float64, which is infinite above 1e33."""
+    GV, GtU, squares = _sketches(gradients, left, right, measure=True)
+    small, large = squares.double().unbind(dim=-1)
+    return GV, GtU, torch.where(small < torch.inf, small * _UP**-2, large * _DOWN**-2).sum(dim=1).sqrt()
+
+
+def _sketches(
+    gradients: Sequence[Tensor | None], left: Tensor, right: Tensor, *, measure: bool, cut: Cut | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (G V, G' U), and squares of G summed over programs' rows at both scales, (B, programs, 2), if `measure`.
+
+    `cut` is for measurements.
+    """
+    if right.shape[-1] > WIDEST or left.shape[-1] > WIDEST:
+        return _by_blocks(gradients, left, right, measure)
+    (batch, m, q), (_, n, r) = left.shape, right.shape
     some = next(g for g in gradients if g is not None)
-    table = pointers(gradients, batch // len(gradients), m * n * some.element_size(), left.device)
-    GV = _multiply(table, right.to(some.dtype), (m, n), (n, 1))
-    return GV, _multiply(table, left.to(some.dtype), (n, m), (1, n))
-
-
-def _multiply(table: tuple[Tensor, bool], factor: Tensor, shape: tuple[int, int], strides: tuple[int, int]) -> Tensor:
-    """Return A B (B, m, r) of matrices A (m, n) with `strides` and a factor B (B, n, r) of their dtype."""
-    matrices, aligned = table
-    dtype, batch, (m, n), rank = factor.dtype, len(factor), shape, factor.shape[-1]
-    if rank > WIDEST:
-        return torch.cat([_multiply(table, part.contiguous(), shape, strides) for part in factor.split(WIDEST, -1)], -1)
-    # A product 16 columns wide takes longer than one of 32.
-    R = max(32, triton.next_power_of_2(rank))
-    narrow = R <= 64 and dtype is not torch.float32
-    M, N, warps, stages = (64, 128, 4, 4) if narrow else (64, 64, 4, 2) if dtype is torch.float32 else (128, 64, 8, 3)
-    result = torch.empty(batch, m, rank, dtype=torch.float32, device=factor.device)
-    with torch.cuda.device_of(factor):
-        _product[(triton.cdiv(m, M), batch)](
-            matrices, factor, result, m, n, rank, *strides,
-            M=M, N=N, R=R, DTYPE=TYPES[dtype], DOT=operand(dtype), PRECISION=precision(dtype), ALIGNED=aligned,
-            num_warps=warps, num_stages=stages,
+    dtype = some.dtype
+    matrices, aligned = pointers(gradients, batch // len(gradients), m * n * some.element_size(), left.device)
+    (R, more), (Q, rest) = _widths(r), _widths(q)
+    left, right, along, across = left.to(dtype), right.to(dtype), n, 1
+    # Panels lie across the longer side: a sum over all of the shorter one is complete.
+    swap = n > m
+    if swap:
+        left, right, m, n, r, q, along, across = right, left, n, m, q, r, across, along
+        R, more, Q, rest = Q, rest, R, more
+    M, N, warps, stages, panel = cut or _cut(dtype, n, q, max(R + more, Q + rest))
+    tall = triton.cdiv(min(panel, m), M)
+    panel = tall * M
+    panels = triton.cdiv(m, panel)
+    AB = torch.empty(batch, m, r, dtype=torch.float32, device=left.device)
+    parts, squares = AB.new_empty(batch, panels, n, q), AB.new_empty(batch, panels * tall, 2)
+    with torch.cuda.device_of(left):
+        _products[(panels * (tall + triton.cdiv(n, M)), batch)](
+            matrices, right, left, AB, parts, squares, m, n, r, q, panel, along, across,
+            M=M, N=N, R=R, MORE=more, Q=Q, REST=rest, SQUARES=measure, UP=_UP, DOWN=_DOWN, DTYPE=TYPES[dtype],
+            DOT=operand(dtype), PRECISION=precision(dtype), ALIGNED=aligned, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    return result
+    AC = parts.sum(dim=1) if panels > 1 else parts[:, 0]
+    return (AC, AB, squares) if swap else (AB, AC, squares)
+
+
+def _by_blocks(
+    gradients: Sequence[Tensor | None], left: Tensor, right: Tensor, measure: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `_sketches` of factors wider than a program multiplies by."""
+    count = max(triton.cdiv(t.shape[-1], WIDEST) for t in (left, right))
+    pairs = zip(*([part.contiguous() for part in t.chunk(count, -1)] for t in (left, right)), strict=True)
+    found = [_sketches(gradients, *pair, measure=measure and i == 0) for i, pair in enumerate(pairs)]
+    return torch.cat([one[0] for one in found], -1), torch.cat([one[1] for one in found], -1), found[0][2]
+
+
+def _cut(dtype: torch.dtype, n: int, q: int, columns: int) -> Cut:
+    """Return how to multiply a panel's rows of n elements by factors of up to `columns` and q columns."""
+    rows = max(_PANEL // n, 32 * q)
+    # Its sums, float32, are then an eighth of what need not be read again.
+    panel = rows if rows * n <= _CACHED else 1 << 31
+    if dtype is torch.float32:
+        return Cut(64, 64, 4, 2, panel)
+    return Cut(64, 128, 4, 4, panel) if columns <= 64 else Cut(128, 64, 8, 3, panel)
+
+
+def _widths(rank: int) -> tuple[int, int]:
+    """Return columns of the two blocks that a program multiplies by, powers of two; the second may be 0.
+
+    Two pad a rank like 72 to 80 columns instead of 128. 16 columns alone take longer than 32.
+    """
+    whole = max(32, triton.next_power_of_2(rank))
+    more = max(16, triton.next_power_of_2(max(1, rank - whole // 2)))
+    return (whole // 2, more) if whole > 32 and more < whole // 2 else (whole, 0)
