@@ -132,8 +132,8 @@ MUTANTS = [
     Mutant(
         "the left sketch by the rows of the gradient",
         "kernels/project.py",
-        "exists, q, across, along,",
-        "exists, q, along, across,",
+        "            across, along, M, N, Q,",
+        "            along, across, M, N, Q,",
         "test_kernels.py::test_sketches_equal_plain_products_and_a_missing_gradient_counts_as_zeros",
     ),
     Mutant(
@@ -144,10 +144,10 @@ MUTANTS = [
         "test_kernels.py::test_sketches_by_panels",
     ),
     Mutant(
-        "the second block of columns is the first again",
+        "padded factors read by the width of the result",
         "kernels/project.py",
-        "j = R + tl.arange(0, MORE)",
-        "j = tl.arange(0, MORE)",
+        "factor + columns[:, None] * width",
+        "factor + columns[:, None] * rank",
         "test_kernels.py::test_sketches_of_every_width",
     ),
     Mutant(

@@ -122,7 +122,8 @@ def _blocked(gram, R, N, k, least, UNIT: tl.constexpr, T: tl.constexpr):
 def _by_blocks(gram: Tensor, least: float, unit: bool) -> tuple[Tensor, Tensor]:
     R, N = torch.empty_like(gram), torch.empty_like(gram)
     with torch.cuda.device_of(gram):
-        _blocked[(len(gram),)](gram, R, N, gram.shape[-1], least, UNIT=unit, T=32, num_warps=4)
+        k = gram.shape[-1]
+        _blocked[(len(gram),)](gram, R, N, k, least, UNIT=unit, T=16, num_warps=1 if k <= 64 else 2)
     return R, N
 
 
@@ -134,8 +135,8 @@ def independent_columns(gram: Tensor, dependent: float, twice: bool = True) -> t
     """
     batch, k, _ = gram.shape
     gram = gram.contiguous()
-    if k > 64:
-        # Too large for the registers of one program.
+    if k > (64 if twice else 32):
+        # Too large for the registers of one program, or slower there.
         R1, N1 = _by_blocks(gram, dependent, True)
         if not twice:
             return R1, N1

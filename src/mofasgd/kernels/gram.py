@@ -113,7 +113,7 @@ def _combine(
 
 def _gram_cut(rank: int) -> Cut:
     wide = max(16, triton.next_power_of_2(rank))
-    return Cut(32, min(64, 2 * wide), 0, 4)
+    return Cut(32, 32 if wide == 16 else min(64, wide), 0, 4)
 
 
 def gram(U: Tensor, S: Tensor, out: Tensor, cut: Cut | None = None) -> None:
@@ -141,7 +141,9 @@ def gram(U: Tensor, S: Tensor, out: Tensor, cut: Cut | None = None) -> None:
 def _whole_cut(rank: int) -> Cut:
     """Return how `advance` is cut: a program makes whole rows of the result, or it would spoil those of others."""
     N = max(16, triton.next_power_of_2(rank))
-    return Cut(max(16, min(64, 2**14 // N)), N, min(32, N) if N <= 128 else 16, 4 if N <= 64 else 8)
+    if N <= 128:
+        return Cut(min(128, 2**12 // N), N, min(32, N) if N <= 64 else 16, 4)
+    return Cut(max(16, min(64, 2**14 // N)), N, 16, 8)
 
 
 def _launch(

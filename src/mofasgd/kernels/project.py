@@ -41,23 +41,14 @@ class Cut(NamedTuple):
 
 
 @triton.jit
-def _rows(factor, at, real, k, rank):
-    """Return rows `at` of a factor in its columns `k`, zeros outside."""
-    return tl.load(factor + at[:, None] * rank + k[None, :], mask=real[:, None] & (k < rank)[None, :], other=0.0)
-
-
-@triton.jit
 def _strip(
-    A, factor, result, squares, rows, row, begin, end, exists, rank, along, across,
-    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, MORE: tl.constexpr, SQUARES: tl.constexpr,
-    UP: tl.constexpr, DOWN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    A, factor, result, squares, rows, row, begin, end, exists, rank, width, along, across,
+    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, SQUARES: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """M rows of A B, summed over columns begin .. end of A, which has strides (along, across); rank <= R + MORE."""
+    """M rows of A B, summed over columns begin .. end of A with strides (along, across); B has `width` columns."""
     k = tl.arange(0, R)
     total = tl.zeros((M, R), dtype=tl.float32)
-    if MORE > 0:
-        j = R + tl.arange(0, MORE)
-        rest = tl.zeros((M, MORE), dtype=tl.float32)
     if SQUARES:
         small, large = tl.zeros((M, N), dtype=tl.float32), tl.zeros((M, N), dtype=tl.float32)
     for start in range(begin, end, N):
@@ -68,19 +59,15 @@ def _strip(
             mask=row[:, None] & column[None, :],
             other=0.0,
         ).to(DOT)
-        B = _rows(factor, columns, column, k, rank).to(DOT)
+        B = tl.load(
+            factor + columns[:, None] * width + k[None, :], mask=column[:, None] & (k < width)[None, :], other=0.0
+        ).to(DOT)
         total = tl.dot(tile, B, total, input_precision=PRECISION)
-        if MORE > 0:
-            B = _rows(factor, columns, column, j, rank).to(DOT)
-            rest = tl.dot(tile, B, rest, input_precision=PRECISION)
         if SQUARES:
             up, down = tile.to(tl.float32) * UP, tile.to(tl.float32) * DOWN
             small += up * up
             large += down * down
-    at = result + rows[:, None] * rank
-    tl.store(at + k[None, :], total, mask=row[:, None] & (k < rank)[None, :])
-    if MORE > 0:
-        tl.store(at + j[None, :], rest, mask=row[:, None] & (j < rank)[None, :])
+    tl.store(result + rows[:, None] * rank + k[None, :], total, mask=row[:, None] & (k < rank)[None, :])
     if SQUARES:
         tl.store(squares, tl.sum(tl.sum(small, 1), 0))
         tl.store(squares + 1, tl.sum(tl.sum(large, 1), 0))
@@ -88,14 +75,14 @@ def _strip(
 
 @triton.jit
 def _products(
-    matrices, right, left, AB, parts, squares, m, n, r, q, panel, along, across,
-    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, MORE: tl.constexpr, Q: tl.constexpr, REST: tl.constexpr,
-    SQUARES: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    matrices, right, left, AB, parts, squares, m, n, r, q, of_right, of_left, panel, along, across,
+    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, SQUARES: tl.constexpr, UP: tl.constexpr,
+    DOWN: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """M rows of A B, or of what `panel` rows of A add to A'C; A (m, n) has strides (along, across), B, C r, q columns.
+    """M rows of A B, or of what `panel` rows of A (m, n) add to A'C; results of r and q columns.
 
-    The programs of a panel follow each other, so that the cache still holds it for those that read it again.
+    A has strides (along, across); B and C are stored with of_right and of_left columns. The programs of a panel follow
+    each other, so that the cache still holds it for those that read it again.
     """
     batch = tl.program_id(1).to(tl.int64)
     tall = tl.cdiv(panel, M)
@@ -110,15 +97,15 @@ def _products(
         rows = begin + i * M + tl.arange(0, M)
         squares += (batch * panels * tall + number * tall + i) * 2
         _strip(
-            A, right + batch * n * r, AB + batch * m * r, squares, rows, rows < end, 0, n, exists, r, along, across,
-            M, N, R, MORE, SQUARES, UP, DOWN, DOT, PRECISION,
+            A, right + batch * n * of_right, AB + batch * m * r, squares, rows, rows < end, 0, n, exists, r, of_right,
+            along, across, M, N, R, SQUARES, UP, DOWN, DOT, PRECISION,
         )  # fmt: skip
     else:
         rows = (i - tall) * M + tl.arange(0, M)
         parts += (batch * panels + number) * n * q
         _strip(
-            A, left + batch * m * q, parts, squares, rows, rows < n, begin, end, exists, q, across, along,
-            M, N, Q, REST, False, UP, DOWN, DOT, PRECISION,
+            A, left + batch * m * of_left, parts, squares, rows, rows < n, begin, end, exists, q, of_left,
+            across, along, M, N, Q, False, UP, DOWN, DOT, PRECISION,
         )  # fmt: skip
 
 
@@ -154,14 +141,14 @@ def _sketches(
     some = next(g for g in gradients if g is not None)
     dtype = some.dtype
     matrices, aligned = pointers(gradients, batch // len(gradients), m * n * some.element_size(), left.device)
-    (R, more), (Q, rest) = _widths(r), _widths(q)
-    left, right, along, across = left.to(dtype), right.to(dtype), n, 1
+    left, right, along, across = _stored(left, dtype), _stored(right, dtype), n, 1
     # Panels lie across the longer side: a sum over all of the shorter one is complete.
     swap = n > m
     if swap:
         left, right, m, n, r, q, along, across = right, left, n, m, q, r, across, along
-        R, more, Q, rest = Q, rest, R, more
-    M, N, warps, stages, panel = cut or _cut(dtype, n, q, max(R + more, Q + rest))
+    # 16 columns take longer than 32.
+    R, Q = (max(32, triton.next_power_of_2(width)) for width in (r, q))
+    M, N, warps, stages, panel = cut or _cut(dtype, n, q, max(R, Q))
     tall = triton.cdiv(min(panel, m), M)
     panel = tall * M
     panels = triton.cdiv(m, panel)
@@ -169,9 +156,10 @@ def _sketches(
     parts, squares = AB.new_empty(batch, panels, n, q), AB.new_empty(batch, panels * tall, 2)
     with torch.cuda.device_of(left):
         _products[(panels * (tall + triton.cdiv(n, M)), batch)](
-            matrices, right, left, AB, parts, squares, m, n, r, q, panel, along, across,
-            M=M, N=N, R=R, MORE=more, Q=Q, REST=rest, SQUARES=measure, UP=_UP, DOWN=_DOWN, DTYPE=TYPES[dtype],
-            DOT=operand(dtype), PRECISION=precision(dtype), ALIGNED=aligned, num_warps=warps, num_stages=stages,
+            matrices, right, left, AB, parts, squares, m, n, r, q, right.shape[-1], left.shape[-1], panel,
+            along, across,
+            M=M, N=N, R=R, Q=Q, SQUARES=measure, UP=_UP, DOWN=_DOWN, DTYPE=TYPES[dtype], DOT=operand(dtype),
+            PRECISION=precision(dtype), ALIGNED=aligned, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     AC = parts.sum(dim=1) if panels > 1 else parts[:, 0]
     return (AC, AB, squares) if swap else (AB, AC, squares)
@@ -197,11 +185,12 @@ def _cut(dtype: torch.dtype, n: int, q: int, columns: int) -> Cut:
     return Cut(64, 128, 4, 4, panel) if columns <= 64 else Cut(128, 64, 8, 3, panel)
 
 
-def _widths(rank: int) -> tuple[int, int]:
-    """Return columns of the two blocks that a program multiplies by, powers of two; the second may be 0.
-
-    Two pad a rank like 72 to 80 columns instead of 128. 16 columns alone take longer than 32.
-    """
-    whole = max(32, triton.next_power_of_2(rank))
-    more = max(16, triton.next_power_of_2(max(1, rank - whole // 2)))
-    return (whole // 2, more) if whole > 32 and more < whole // 2 else (whole, 0)
+def _stored(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a factor as the kernel reads it: in `dtype`; a width like 145 padded with zeros to a multiple of 16."""
+    width = factor.shape[-1]
+    if width <= 32 or width % 16 == 0:
+        return factor.to(dtype)
+    # Rows of another width are not aligned, and each of their elements would be a load of its own.
+    stored = factor.new_zeros(*factor.shape[:-1], -width % 16 + width, dtype=dtype)
+    stored[..., :width] = factor
+    return stored
