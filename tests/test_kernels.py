@@ -166,22 +166,13 @@ def test_test_matrices_are_the_same_to_the_bit(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_first_sketch_measures_gradients_of_every_scale(dtype):
-    from mofasgd.kernels.project import sketch_and_measure, sketch_list
+def test_norms_keep_their_accuracy_at_every_scale(dtype):
+    from mofasgd.kernels.norm import norms_of
 
-    # Between the ranges of the two sums, and above all of them.
-    scales = (1.0, 1e-35, 1e-30, 0.05, 1.0, 30.0, 1e30, 1e36)
-    matrices = [normal(2, 300, 250).mul_(scale).to(dtype) for scale in scales]
-    matrices[4][0, 7, 9] = torch.inf
-    gradients = [matrices[0], None, *matrices[1:]]
-    U, V = normal(18, 300, 5), normal(18, 250, 5)
-    GV, GtU, found = sketch_and_measure(gradients, U, V)
+    matrices = [normal(2, 300, 250).mul_(scale).to(dtype) for scale in (1.0, 1e-30, 1e30)]
+    found = norms_of([matrices[0], None, *matrices[1:]], 8)
     expected = [G.double().square().sum(dim=(-2, -1)).sqrt() for G in matrices]
-    expected = torch.cat([expected[0], torch.zeros_like(expected[0]), *expected[1:]])
-    expected[-2:] = torch.inf
-    assert torch.allclose(found, expected, rtol=1e-3, atol=0)
-    for a, b in zip((GV, GtU), sketch_list(gradients, U, V), strict=True):
-        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+    assert torch.allclose(found, torch.cat([expected[0], torch.zeros_like(expected[0]), *expected[1:]]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -189,24 +180,24 @@ def test_the_first_sketch_measures_gradients_of_every_scale(dtype):
 def test_sketches_of_every_width(rank, dtype):
     from mofasgd.kernels.project import sketch_list
 
-    G, U, V = normal(1, 70, 150, dtype=dtype), normal(1, 70, rank), normal(1, 150, rank)
+    # Many more tiles each way than are loaded ahead.
+    G, U, V = normal(1, 500, 700, dtype=dtype), normal(1, 500, rank), normal(1, 700, rank)
     expected = sketch(G.double(), U.to(dtype).double(), V.to(dtype).double())
-    for a, b, length in zip(sketch_list([G], U, V), expected, (150, 70), strict=True):
+    for a, b, length in zip(sketch_list([G], U, V), expected, (700, 500), strict=True):
         assert (a - b).abs().max() <= 1e-6 * length
 
 
 @pytest.mark.parametrize("shape", [(70, 150), (150, 70), (128, 128)])
 def test_sketches_by_panels(shape):
-    from mofasgd.kernels.project import Cut, _sketches
+    from mofasgd.kernels.project import Cut, sketch_list
 
     m, n = shape
     gradients = [normal(2, m, n, dtype=torch.bfloat16), None]
     U, V = normal(4, m, 5), normal(4, n, 20)
-    whole = _sketches(gradients, U, V, measure=True)
-    found = _sketches(gradients, U, V, measure=True, cut=Cut(16, 32, 4, 2, 40))
-    for a, b in zip(found[:2], whole[:2], strict=True):
+    whole = sketch_list(gradients, U, V)
+    found = sketch_list(gradients, U, V, cut=Cut(16, 32, 4, 2, 40))
+    for a, b in zip(found, whole, strict=True):
         assert (a - b).abs().max() <= 1e-4
-    assert torch.allclose(found[2].sum(dim=1), whole[2].sum(dim=1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [5, 40])

@@ -130,11 +130,9 @@ class Update:
         finite: bool (count,), whether a parameter's sketch is; after `take`, also whether its new momentum is.
         active: bool (B,), the matrices that move: finite and with a non-zero sketch.
         square_norms: (B,) float64, |Ghat|^2 of the active matrices, 0 elsewhere.
-        size: |G|_F (B,) float64, if the sketches have measured it.
     """
 
     problem: ExactProblem | GramProblem | None
-    size: Tensor | None = None
     starts = False
 
     def __init__(self, bucket: Bucket, context: Context) -> None:
@@ -145,16 +143,9 @@ class Update:
         self.sketch()
 
     def sketch(self) -> None:
-        """Sketch the gradients: set `problem`, and `size` if a kernel reads them."""
-        gradients, (U, _, V) = [member.gradient for member in self.members], self.stored
-        tensors = dense_tensors(gradients, U.dtype) if self.group["complement"] else []
-        if tensors:
-            from mofasgd.kernels.project import sketch_and_measure
-
-            GV, GtU, self.size = sketch_and_measure(tensors, U, V)
-        else:
-            GV, GtU = sketch_all(gradients, U, V, self.b)
-        self.problem = problem(self.context.solver, self.stored, GV, GtU, self.beta)
+        """Sketch the gradients: set `problem`."""
+        sketches = sketch_all([member.gradient for member in self.members], self.stored.U, self.stored.V, self.b)
+        self.problem = problem(self.context.solver, self.stored, *sketches, self.beta)
 
     def observe(self) -> None:
         """Set `finite`, `active` and `square_norms` by the sketches, once their problem has been measured."""
@@ -200,12 +191,15 @@ class Update:
     def spaces(self) -> tuple[Tensor, Tensor]:
         """Return what the complement leaves out."""
         assert self.problem is not None
-        return self.problem.spaces(torch.where(self.active, self._sizes(), 0.0))
+        return self.problem.spaces(torch.where(self.active, self.sizes, 0.0))
 
-    def _sizes(self) -> Tensor:
-        """Return |G|_F (B,) float64."""
-        if self.size is not None:
-            return self.size
+    @functools.cached_property
+    def sizes(self) -> Tensor:
+        """|G|_F (B,) float64."""
+        if tensors := self._gradients():
+            from mofasgd.kernels.norm import norms_of
+
+            return norms_of(tensors, len(self.active))
         matrices = [matrix for member in self.members for matrix in member.dense().unbind(0)]
         return torch.stack(torch._foreach_norm(matrices, 2, dtype=torch.float64))
 
@@ -313,7 +307,7 @@ class Update:
             transposed = self.group["transposed"]
             c = complement_scale(self.group["complement"], self.shape.m, self.shape.n)
             Q, P = (space.contiguous() for space in spaces)
-            residual = residual_factors(gradients, Q, P, self.size)
+            residual = residual_factors(gradients, Q, P, self.sizes)
             scales = row_scales(gradients, residual, transposed=transposed) * c
             square_norm = None if square_norm is None else square_norm + c * c * row_norm(scales)
         rates, keep = self._rates(active, lr_factor(self.group, self.shape, square_norm))

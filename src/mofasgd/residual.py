@@ -91,16 +91,15 @@ def residual_factors(gradients: Sequence[Tensor | None], Q: Tensor, P: Tensor, s
         gradients: contiguous, of one shape and dtype (float32 or bfloat16), b matrices (m, n) each; None counts as
             zeros.
         Q, P: from `complement.seen_spaces`, (B, m, 2r) and (B, n, 2r), float32, contiguous; B = len(gradients) * b.
-        size: |G|_F (B,) float64, if it is known.
+        size: |G|_F (B,) float64, if it is known; else one more read of G.
     """
     from mofasgd.kernels.factors import cross, join
-    from mofasgd.kernels.project import sketch_and_measure, sketch_list
+    from mofasgd.kernels.norm import norms_of
+    from mofasgd.kernels.project import sketch_list
 
     dtype = next(g for g in gradients if g is not None).dtype
-    if size is None:
-        GP, GtQ, size = sketch_and_measure(gradients, Q, P)
-    else:
-        GP, GtQ = sketch_list(gradients, Q, P)
+    GP, GtQ = sketch_list(gradients, Q, P)
+    size = norms_of(gradients, len(Q)) if size is None else size
     low, bound = (torch.float32, 1.0) if dtype is torch.float32 else (torch.float16, _HALF)
     to_H, to_T, inverse = _weights(cross(Q, None, dtype)[:, 0], cross(P, GtQ, dtype), size, bound)
     left, left_squares = join(Q, GP, to_H, inverse, bound, low, left=True)

@@ -103,10 +103,10 @@ MUTANTS = [
     ),
     Mutant(
         "norms of what overflows when squared",
-        "kernels/project.py",
-        "torch.where(small < torch.inf, small * _UP**-2, large * _DOWN**-2)",
-        "(small * _UP**-2)",
-        "test_kernels.py::test_the_first_sketch_measures_gradients_of_every_scale",
+        "kernels/norm.py",
+        "value = value * (1 / unit)",
+        "unit = 1.0 + 0 * unit",
+        "test_kernels.py::test_norms_keep_their_accuracy_at_every_scale",
     ),
     Mutant(
         "what steps together is never arranged again",

@@ -116,8 +116,10 @@ def _square_tiles(inner: int) -> Tiles:
     """Return the tiles for `inner` columns of float16 factors, 0: of float32."""
     if inner == 0:
         return Tiles(64, 64, 32, 2048, 8, 2)
+    if inner <= 128:
+        return Tiles(128, 64, 128, 4096, 8, 3)
     # All columns of the factors at once, where shared memory has room for them.
-    return Tiles(128, 32, 512, 2048, 8, 4 if inner <= 128 else 2) if inner <= 512 else Tiles(128, 64, 128, 2048, 8, 2)
+    return Tiles(128, 32, 512, 2048, 8, 2) if inner <= 512 else Tiles(128, 64, 128, 2048, 8, 2)
 
 
 def row_squares(
@@ -270,13 +272,11 @@ def _apply(
             tl.store(W + inside, value.to(WEIGHT), mask=mask)
 
 
-def _apply_tiles(inner: int, low: bool) -> Tiles:
-    """Return the tiles for `inner` columns of float16 factors, 0: of float32; `low`: weights and gradients bfloat16."""
+def _apply_tiles(inner: int) -> Tiles:
+    """Return the tiles for `inner` columns of float16 factors, 0: of float32."""
     if inner == 0:
         return Tiles(64, 64, 32, 512, 8, 2)
-    if inner <= 128:
-        return Tiles(128, 64, 128, 1024, 8, 3)
-    return Tiles(128, 16, 512, 2048, 8, 2) if inner <= 512 and low else Tiles(64, 64, 128, 512, 4, 2)
+    return Tiles(128, 64, 128, 1024, 8, 3) if inner <= 128 else Tiles(64, 64, 128, 512, 4, 2)
 
 
 def apply_complement(
@@ -318,7 +318,7 @@ def apply_complement(
     weight_table, weight_aligned = pointers(weights, slices, m * n * dtype.itemsize, left.device)
     gradient_table, gradient_aligned = pointers(gradients, slices, m * n * of.itemsize, left.device)
     low = dtype is torch.bfloat16 and of is torch.bfloat16
-    t = tiles or _apply_tiles(inner if A.dtype is torch.float16 else 0, low)
+    t = tiles or _apply_tiles(inner if A.dtype is torch.float16 else 0)
     # Cast here, as by `apply_factored`.
     left = left.to(dtype).contiguous()
     right = torch.empty(batch, rank, n, dtype=dtype, device=right.device).copy_(right.mT)

@@ -2,8 +2,8 @@
 
 Equals `mofasgd.momentum.sketch` with U and V rounded to the gradient's dtype. Two skinny products in one launch read
 every gradient twice, panel by panel, the second time from the cache. One read was tried: its parts of G' U, one a strip
-of rows instead of one a panel, cost what a second read does. The first product sums the squares of G where they are
-asked for.
+of rows instead of one a panel, cost what a second read does. Squares of G cannot be summed by the way: of a tile that
+is also read into registers Triton 3.6 keeps a buffer too few, and the next one is loaded while it is multiplied.
 """
 
 from __future__ import annotations
@@ -22,11 +22,7 @@ from mofasgd.kernels.common import TYPES, matrix_at, operand, precision
 WIDEST = 256
 """Columns of a factor that one program multiplies by."""
 
-_UP, _DOWN = 2.0**60, 2.0**-48
-"""Scales at which float32 sums the squares of G: that of the small is right until it overflows, at a norm of 16, where
-that of the large, which may be 1e33, has long been right."""
-
-_PANEL, _CACHED = 1 << 22, 1 << 23
+_PANEL, _CACHED = 1 << 23, 1 << 24
 """Elements of a panel, at least and at most: the panels at work must fit the cache (50 MB of an H200)."""
 
 
@@ -42,15 +38,12 @@ class Cut(NamedTuple):
 
 @triton.jit
 def _strip(
-    A, factor, result, squares, rows, row, begin, end, exists, rank, width, along, across,
-    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, SQUARES: tl.constexpr, UP: tl.constexpr, DOWN: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    A, factor, result, rows, row, begin, end, exists, rank, width, along, across,
+    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """M rows of A B, summed over columns begin .. end of A with strides (along, across); B has `width` columns."""
     k = tl.arange(0, R)
     total = tl.zeros((M, R), dtype=tl.float32)
-    if SQUARES:
-        small, large = tl.zeros((M, N), dtype=tl.float32), tl.zeros((M, N), dtype=tl.float32)
     for start in range(begin, end, N):
         columns = start + tl.arange(0, N)
         column = (columns < end) & exists
@@ -63,21 +56,14 @@ def _strip(
             factor + columns[:, None] * width + k[None, :], mask=column[:, None] & (k < width)[None, :], other=0.0
         ).to(DOT)
         total = tl.dot(tile, B, total, input_precision=PRECISION)
-        if SQUARES:
-            up, down = tile.to(tl.float32) * UP, tile.to(tl.float32) * DOWN
-            small += up * up
-            large += down * down
     tl.store(result + rows[:, None] * rank + k[None, :], total, mask=row[:, None] & (k < rank)[None, :])
-    if SQUARES:
-        tl.store(squares, tl.sum(tl.sum(small, 1), 0))
-        tl.store(squares + 1, tl.sum(tl.sum(large, 1), 0))
 
 
 @triton.jit
 def _products(
-    matrices, right, left, AB, parts, squares, m, n, r, q, of_right, of_left, panel, along, across,
-    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, SQUARES: tl.constexpr, UP: tl.constexpr,
-    DOWN: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    matrices, right, left, AB, parts, m, n, r, q, of_right, of_left, panel, along, across,
+    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """M rows of A B, or of what `panel` rows of A (m, n) add to A'C; results of r and q columns.
 
@@ -95,48 +81,31 @@ def _products(
     panels = tl.num_programs(0) // each
     if i < tall:
         rows = begin + i * M + tl.arange(0, M)
-        squares += (batch * panels * tall + number * tall + i) * 2
         _strip(
-            A, right + batch * n * of_right, AB + batch * m * r, squares, rows, rows < end, 0, n, exists, r, of_right,
-            along, across, M, N, R, SQUARES, UP, DOWN, DOT, PRECISION,
+            A, right + batch * n * of_right, AB + batch * m * r, rows, rows < end, 0, n, exists, r, of_right,
+            along, across, M, N, R, DOT, PRECISION,
         )  # fmt: skip
     else:
         rows = (i - tall) * M + tl.arange(0, M)
         parts += (batch * panels + number) * n * q
         _strip(
-            A, left + batch * m * of_left, parts, squares, rows, rows < n, begin, end, exists, q, of_left,
-            across, along, M, N, Q, False, UP, DOWN, DOT, PRECISION,
+            A, left + batch * m * of_left, parts, rows, rows < n, begin, end, exists, q, of_left,
+            across, along, M, N, Q, DOT, PRECISION,
         )  # fmt: skip
 
 
-def sketch_list(gradients: Sequence[Tensor | None], left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def sketch_list(
+    gradients: Sequence[Tensor | None], left: Tensor, right: Tensor, cut: Cut | None = None
+) -> tuple[Tensor, Tensor]:
     """Return (G V, G' U), (B, m, r) and (B, n, q) float32, of a list of gradients.
 
     Args:
         gradients: contiguous, of one shape and dtype, b matrices (m, n) each; None counts as zeros.
         left, right: U (B, m, q) and V (B, n, r), contiguous; B = len(gradients) * b.
-    """
-    return _sketches(gradients, left, right, measure=False)[:2]
-
-
-def sketch_and_measure(
-    gradients: Sequence[Tensor | None], left: Tensor, right: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `sketch_list` does and |G|_F, (B,) float64, which is infinite above 1e33."""
-    GV, GtU, squares = _sketches(gradients, left, right, measure=True)
-    small, large = squares.double().unbind(dim=-1)
-    return GV, GtU, torch.where(small < torch.inf, small * _UP**-2, large * _DOWN**-2).sum(dim=1).sqrt()
-
-
-def _sketches(
-    gradients: Sequence[Tensor | None], left: Tensor, right: Tensor, *, measure: bool, cut: Cut | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (G V, G' U), and squares of G summed over programs' rows at both scales, (B, programs, 2), if `measure`.
-
-    `cut` is for measurements.
+        cut: for measurements.
     """
     if right.shape[-1] > WIDEST or left.shape[-1] > WIDEST:
-        return _by_blocks(gradients, left, right, measure)
+        return _by_blocks(gradients, left, right)
     (batch, m, q), (_, n, r) = left.shape, right.shape
     some = next(g for g in gradients if g is not None)
     dtype = some.dtype
@@ -153,26 +122,23 @@ def _sketches(
     panel = tall * M
     panels = triton.cdiv(m, panel)
     AB = torch.empty(batch, m, r, dtype=torch.float32, device=left.device)
-    parts, squares = AB.new_empty(batch, panels, n, q), AB.new_empty(batch, panels * tall, 2)
+    parts = AB.new_empty(batch, panels, n, q)
     with torch.cuda.device_of(left):
         _products[(panels * (tall + triton.cdiv(n, M)), batch)](
-            matrices, right, left, AB, parts, squares, m, n, r, q, right.shape[-1], left.shape[-1], panel,
-            along, across,
-            M=M, N=N, R=R, Q=Q, SQUARES=measure, UP=_UP, DOWN=_DOWN, DTYPE=TYPES[dtype], DOT=operand(dtype),
-            PRECISION=precision(dtype), ALIGNED=aligned, num_warps=warps, num_stages=stages,
+            matrices, right, left, AB, parts, m, n, r, q, right.shape[-1], left.shape[-1], panel, along, across,
+            M=M, N=N, R=R, Q=Q, DTYPE=TYPES[dtype], DOT=operand(dtype), PRECISION=precision(dtype), ALIGNED=aligned,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
     AC = parts.sum(dim=1) if panels > 1 else parts[:, 0]
-    return (AC, AB, squares) if swap else (AB, AC, squares)
+    return (AC, AB) if swap else (AB, AC)
 
 
-def _by_blocks(
-    gradients: Sequence[Tensor | None], left: Tensor, right: Tensor, measure: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `_sketches` of factors wider than a program multiplies by."""
+def _by_blocks(gradients: Sequence[Tensor | None], left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `sketch_list` of factors wider than a program multiplies by."""
     count = max(triton.cdiv(t.shape[-1], WIDEST) for t in (left, right))
     pairs = zip(*([part.contiguous() for part in t.chunk(count, -1)] for t in (left, right)), strict=True)
-    found = [_sketches(gradients, *pair, measure=measure and i == 0) for i, pair in enumerate(pairs)]
-    return torch.cat([one[0] for one in found], -1), torch.cat([one[1] for one in found], -1), found[0][2]
+    found = [sketch_list(gradients, *pair) for pair in pairs]
+    return torch.cat([one[0] for one in found], -1), torch.cat([one[1] for one in found], -1)
 
 
 def _cut(dtype: torch.dtype, n: int, q: int, columns: int) -> Cut:
