@@ -118,29 +118,27 @@ def _galore(model: nn.Module, settings: Settings) -> Optimizer:
     return GaLore(groups, lr=settings["lr"], **_adam_keys(settings))
 
 
-# Rates: the middle of those tried with SmolLM2-135M on GSM8K (docs/results/finetune_gsm8k_partial.json), whose best are
-# up to three times higher. Beta of mofasgd: MiniLM on a cut of STS-B, where .95 bears lower rates only
-# (docs/finetuning.md).
+# Rates, and beta of mofasgd: the best of those tried with SmolLM2-135M on GSM8K (docs/results/finetune_gsm8k.json).
 METHODS: dict[str, Method] = {
     "mofasgd": Method(
         None,
-        {"lr": 4e-3, "adamw_lr": 1e-4, "rank": 32, "beta": 0.8, **_FULL, "max_grad_norm": 0.0, "complement": 0.0}
+        {"lr": 1.6e-2, "adamw_lr": 3e-4, "rank": 32, "beta": 0.8, **_FULL, "max_grad_norm": 0.0, "complement": 0.0}
         | {"lr_scale": "spectral", "attach": "auto", "factor": []},
         "this package, attached: gradients are sketched in backward and never kept",
     ),
-    "adamw": Method(_adamw, {"lr": 1e-4, **_FULL}, "torch.optim.AdamW of all parameters"),
-    "lora": Method(_adamw, {"lr": 1e-3, "rank": 32, "alpha": 64.0, **_ADAM}, "PEFT's LoRA on all linear layers, AdamW"),
+    "adamw": Method(_adamw, {"lr": 3e-4, **_FULL}, "torch.optim.AdamW of all parameters"),
+    "lora": Method(_adamw, {"lr": 3e-3, "rank": 32, "alpha": 64.0, **_ADAM}, "PEFT's LoRA on all linear layers, AdamW"),
     "galore": Method(
         _galore,
-        {"lr": 2e-3, "adamw_lr": 1e-4, "rank": 32, "gap": 200, "scale": 0.25, **_FULL},
+        {"lr": 6e-3, "adamw_lr": 1e-4, "rank": 32, "gap": 200, "scale": 0.25, **_FULL},
         "mofasgd.app.galore on the matrices, AdamW for the rest",
     ),
     "muon": Method(
         _muon,
-        {"lr": 1e-3, "adamw_lr": 1e-4, "beta": 0.95, **_FULL, "max_grad_norm": 0.0},
+        {"lr": 3e-3, "adamw_lr": 3e-4, "beta": 0.95, **_FULL, "max_grad_norm": 0.0},
         "torch.optim.Muon on the matrices, AdamW for the rest",
     ),
-    "adamw8bit": Method(_adamw8bit, {"lr": 1e-4, **_FULL}, "AdamW with 8-bit moments, of torchao or bitsandbytes"),
+    "adamw8bit": Method(_adamw8bit, {"lr": 3e-4, **_FULL}, "AdamW with 8-bit moments, of torchao or bitsandbytes"),
 }
 
 
