@@ -278,6 +278,15 @@ def test_dependent_columns_are_left_out(factorize, k):
     assert ((Q @ R - A).norm(dim=-2) / A.norm(dim=-2).clamp(min=1e-30)).max() <= 1e-9
 
 
+@pytest.mark.parametrize("factorize", [algebra.independent_columns, by_kernel])
+@pytest.mark.parametrize(("distance", "kept"), [(2e-6, False), (5e-5, True)])
+def test_a_column_depends_on_others_by_its_distance_to_them(factorize, distance, kept):
+    A = torch.linalg.qr(torch.randn(2, 40, 11, dtype=torch.float64))[0]
+    A[:, :, 3] = A[:, :, 0] + distance * A[:, :, 10]
+    _, N = factorize(A[:, :, :10].mT @ A[:, :, :10])
+    assert (N[:, :, 3].norm(dim=-1) > 0).tolist() == [kept, kept]
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="test_gpu.py trains there")
 @pytest.mark.parametrize("shape", [(40, 24), (3, 40, 24)], ids=str)
 @pytest.mark.parametrize("rule", ["spectral", "match_rms_adamw"])

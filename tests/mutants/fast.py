@@ -22,7 +22,7 @@ MUTANTS = [
         "algebra.py",
         "real = R1.diagonal(dim1=-2, dim2=-1).square() > DEPENDENT",
         "real = R1.diagonal(dim1=-2, dim2=-1).square() > 0",
-        "test_kernels.py::test_dependent_columns_are_left_out",
+        "test_kernels.py::test_a_column_depends_on_others_by_its_distance_to_them",
     ),
     Mutant(
         "the pivot alone tells dependent columns",
@@ -64,7 +64,7 @@ MUTANTS = [
         "buckets.py",
         "        state[key] = part\n",
         "        pass\n",
-        "test_stack.py::test_parameters_of_one_shape_train_as_they_do_alone",
+        "test_stack.py::test_a_stack_is_made_once_and_again_where_its_parts_have_moved",
     ),
     Mutant(
         "neighbours round by the same half",
