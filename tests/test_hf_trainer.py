@@ -275,6 +275,27 @@ def test_complement_trains_dense_or_steps_in_backward(tmp_path):
         torch.testing.assert_close(stepped, dense, rtol=0, atol=1e-6)
 
 
+class Halt(transformers.TrainerCallback):
+    """Interrupts the first step after its backward."""
+
+    armed = True
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.armed:
+            self.armed = False
+            raise KeyboardInterrupt
+
+
+def test_a_training_interrupted_between_backward_and_step_goes_on(tmp_path):
+    args = arguments(tmp_path, max_steps=2, gradient_accumulation_steps=1, max_grad_norm=0.0)
+    trainer = trainer_of(make("llama"), args, [Halt()], complement=1.0, attach="release")
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert all(math.isfinite(line["grad_norm"]) for line in trainer.state.log_history if "grad_norm" in line)
+
+
 def test_an_optimizer_detached_by_another_training_attaches_again(tmp_path):
     model, watch = make("llama"), Watch()
     first = trainer_of(model, arguments(tmp_path, max_steps=1), [Stop(), watch])

@@ -288,6 +288,43 @@ def test_a_column_depends_on_others_by_its_distance_to_them(factorize, distance,
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="test_gpu.py trains there")
+@pytest.mark.parametrize("complement", [0.0, 1.0])
+def test_a_step_by_kernels_is_seen_by_autograd_and_leaves_the_state_whole(complement, monkeypatch):
+    from mofasgd import MoFaSGD, factored, gradient
+
+    for module in (algebra, factored, gradient):
+        monkeypatch.setattr(module, "usable", lambda device: True)
+    W = torch.nn.Parameter(torch.randn(40, 24))
+    opt = MoFaSGD([W], lr=0.1, rank=3, complement=complement)
+    for _ in range(2):
+        before = [W._version, *(opt.state[W][key]._version for key in ("U", "V") if W in opt.state)]
+        W.grad = torch.randn(40, 24)
+        opt.step()
+    after = [W._version, *(opt.state[W][key]._version for key in ("U", "V"))]
+    assert all(new > old for new, old in zip(after, before, strict=True))
+    state = {key: value.clone() for key, value in opt.state[W].items()}
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(factored, "residual_factors" if complement else "store", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        opt.step()
+    assert all(torch.equal(value, state[key]) for key, value in opt.state[W].items())
+
+
+def test_what_decay_leaves_may_be_a_part_of_more():
+    from mofasgd.kernels.apply import apply_factored
+
+    weights, keep = normal(2, 20, 24), torch.tensor([0.5, 9.0, 0.25], device=DEVICE)[::2]
+    expected = weights * keep[:, None, None]
+    steps, zero = torch.ones(2, device=DEVICE), torch.zeros(2, 20, 3, device=DEVICE)
+    keys = torch.zeros(2, 2, dtype=torch.int32, device=DEVICE)
+    apply_factored(list(weights), zero, normal(2, 24, 3), keep, keys, steps, stochastic=False)
+    assert torch.equal(weights, expected)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="test_gpu.py trains there")
 @pytest.mark.parametrize("shape", [(40, 24), (3, 40, 24)], ids=str)
 @pytest.mark.parametrize("rule", ["spectral", "match_rms_adamw"])
 def test_a_step_in_place_is_the_step_beside(shape, rule, monkeypatch):

@@ -275,3 +275,18 @@ def test_bfloat16_weights_to_nearest():
     wanted = (W.double() - extra).bfloat16()
     apart = (weights[0].cpu().view(torch.int16).int() - wanted.view(torch.int16).int()).abs()
     assert apart.max() <= 1
+
+
+def test_a_row_beyond_float32_makes_no_nan():
+    G = gradient(1, 40, 56, 4)
+    Q, P = spaces(G, 4)
+    gradients, weights = split(G, 1), split(torch.ones(1, 40, 56), 1)
+    residual = residual_factors(gradients, Q.to(DEVICE), P.to(DEVICE))
+    residual.left[:, 7] = math.inf
+    scales = row_scales(gradients, residual)
+    assert scales[0, 7] == 0
+    flat = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE)
+    left, right, one = (torch.zeros(shape, device=DEVICE) for shape in ((1, 40, 4), (1, 56, 4), (1,)))
+    apply_complement(weights, gradients, residual, scales, left, right, one + 1, flat, one, stochastic=False)
+    assert (weights[0].cpu().reshape(40, 56)[7] == 1).all()
+    assert bool(weights[0].isfinite().all())

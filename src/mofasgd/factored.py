@@ -297,9 +297,9 @@ class Update:
         from mofasgd.kernels.apply import apply_factored
         from mofasgd.kernels.complement import apply_complement
 
-        s, gradients = self.stored.s, [] if spaces is None else self._gradients()
-        replace_in(s, after.s, active)
-        self._count(active)
+        gradients = [] if spaces is None else self._gradients()
+        # Nothing of the state changes before all that may run out of memory has been made.
+        s = torch.where(active[:, None], after.s, self.stored.s)
         height = heights(self.group, s)
         # Most rules of lr do not read it.
         square_norm = height.square().sum(dim=-1) if self.group["lr_scale"] == "match_rms_adamw" else None
@@ -316,6 +316,8 @@ class Update:
         weights = [member.param for member in self.members]
         scale = height * rates[:, None]
         left, right = store(self.stored, after, active, scale, weights[0].dtype, turned=spaces is None)
+        self.stored.s.copy_(s)
+        self._count(active)
         how = self.context.stochastic_rounding
         first = self.members[0]
         if first.part is not None:

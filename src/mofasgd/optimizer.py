@@ -286,6 +286,12 @@ class MoFaSGD(FactoredOptimizer):
         """Return what makes the step of a group of factored parameters read G itself, or None: its sketches do."""
         return f"complement={group['complement']}" if group["complement"] else None
 
+    def abandon_window(self) -> None:
+        """Forget gradients that an interrupted backward has left; what it has stepped already stays stepped."""
+        self._taken = Taken()
+        if self._handle is not None and self._handle.stepping:
+            self._handle.renew()
+
     def _step_in_backward(self, index: int, param: Tensor, group: Group) -> None:
         """Take the step of one factored parameter by `param.grad`; `step()` counts it."""
         if self._pending is None:

@@ -79,6 +79,8 @@ class Products(NamedTuple):
         (U, _, V), (GV, GtU) = self.stored, self.sketches
         advance(U, GV, self.weights.left, active, scale, left)
         advance(V, GtU, self.weights.right, active, None, right)
+        # Autograd does not see what kernels write, and graphs that hold the factors are stale now.
+        torch.autograd.graph.increment_version((U, V))
 
 
 class ExactProblem:

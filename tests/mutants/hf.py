@@ -269,4 +269,11 @@ MUTANTS = [
         'for key, fix in (("max_grad_norm", 0),):',
         "test_hf_trainer.py::test_complement_trains_dense_or_steps_in_backward",
     ),
+    Mutant(
+        "what was stepped in an interrupted backward is remembered",
+        "hf/callback.py",
+        "        opt.abandon_window()\n",
+        "",
+        "test_hf_trainer.py::test_a_training_interrupted_between_backward_and_step_goes_on",
+    ),
 ]

@@ -75,6 +75,7 @@ class MoFaSGDCallback(TrainerCallback):
             raise
         # An interrupted train() may have left half a window.
         opt.zero_grad()
+        opt.abandon_window()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep Trainer from clipping `p.grad`."""

@@ -141,3 +141,4 @@ def adamw_list(
             STOCHASTIC=keys is not None and weights[0].dtype is torch.bfloat16,
             ALIGNED=aligned, WIDE=numel > 2**31 - _BLOCK, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
+    torch.autograd.graph.increment_version(weights)

@@ -116,8 +116,9 @@ def apply_factored(
     grid = (triton.cdiv(m, t.M) * triton.cdiv(n, chunk), batch)
     with torch.cuda.device_of(left):
         _apply[grid](
-            table, left, right, keep, keys, steps, offset, m, n, rank, slices, chunk,
+            table, left, right, keep.contiguous(), keys, steps, offset, m, n, rank, slices, chunk,
             M=t.M, N=t.N, R=R, BLOCKS=triton.cdiv(rank, R), BFLOAT16=bfloat16, STOCHASTIC=stochastic and bfloat16,
             ALIGNED=aligned, EVEN=n % 2 == 0, WIDE=m * n >= 2**31, DOT=operand(dtype), PRECISION=precision(dtype),
             STAGES=t.stages, num_warps=t.warps,
         )  # fmt: skip
+    torch.autograd.graph.increment_version(weights)

@@ -250,7 +250,8 @@ def _apply(
         )  # fmt: skip
         if TRANSPOSED:
             scale = tl.load(scales + batch * n + columns, mask=column, other=0.0)[None, :]
-        update = (tile - product * SCALE) * scale
+        # A row that does not move may hold more than float32 does.
+        update = tl.where(scale != 0, (tile - product * SCALE) * scale, 0.0)
 
         if rank <= F:
             T_mask = _below(k, rank, rank % F == 0)[:, None] & column[None, :]
@@ -332,3 +333,4 @@ def apply_complement(
             EXACT=m % t.M == 0 and n % t.N == 0, SCALE=scale, RESIDUAL_PRECISION=precision(A.dtype),
             DOT=operand(dtype), PRECISION=precision(dtype), STAGES=t.stages, num_warps=t.warps,
         )  # fmt: skip
+    torch.autograd.graph.increment_version(weights)
