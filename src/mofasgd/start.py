@@ -58,7 +58,9 @@ class Start(Update):
         moves = finite & nonzero
         joined = [clean(t, moves) for t in joined]
         scale = power_of_two(*joined)
-        self.first = first_factors(self.context.solver, firsts, [t / scale for t in joined])
+        # In place: beside what the factorization holds, the sketches as they came would be too much.
+        joined = [t.div_(scale) for t in joined]
+        self.first = first_factors(self.context.solver, firsts, joined)
         self.s = self.first.s.double() * scale[..., 0]
         squares = self.s.square().sum(dim=-1)
         # A factorization that failed is no number either, and would spoil the norm of all.
