@@ -67,10 +67,6 @@ class Small(NamedTuple):
     real: Tensor
     C: Tensor
 
-    def part(self, some: slice) -> Small:
-        """Return some of the matrices."""
-        return Small(self.grams[:, some], self.s[some], self.real[some], self.C[some])
-
 
 class Weights(NamedTuple):
     """The result: new U = [U GV] left, new V = [V GtU] right, (B, 2r, r) float64 each, and s (B, r) float64."""
