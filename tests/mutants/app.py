@@ -194,4 +194,11 @@ MUTANTS = [
         "",
         "test_app_ranks.py::test_an_error_of_one_rank_ends_all_with_it",
     ),
+    Mutant(
+        "a rank that has lost another is found ended first",
+        "app/pretrain.py",
+        "                time.sleep(_PATIENCE)\n",
+        "",
+        "test_app_ranks.py::test_gpus_starts_the_ranks_and_tells_of_a_killed_one",
+    ),
 ]

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from multiprocessing import get_context
 from multiprocessing.synchronize import Event
@@ -24,6 +25,9 @@ from mofasgd.app.run import last_checkpoint, resume_command, train
 
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """Seconds that torch's launcher leaves processes to end by themselves, to write a checkpoint for instance."""
+
+_PATIENCE = 10.0
+"""Seconds within which the launcher, which looks ten times a second, has surely found a rank that was killed."""
 
 
 def help_epilog() -> str:
@@ -56,7 +60,11 @@ def _train_here(config: PretrainConfig, *, tells_of_loss: bool = True) -> None:
         try:
             result = train(config, display, ranks)
         except (ValueError, OSError, Stopped, KeyboardInterrupt) as error:
-            if (isinstance(error, Lost) and not tells_of_loss) or not ranks.claim():
+            if isinstance(error, Lost) and not tells_of_loss:
+                # The launcher names the first that it finds ended, and ends the others: be none of the first.
+                time.sleep(_PATIENCE)
+                raise SystemExit(1) from None
+            if not ranks.claim():
                 raise SystemExit(1) from None
             raise
         speed = "" if result["ms_per_step"] is None else f"; {result['ms_per_step']:.1f} ms per step"

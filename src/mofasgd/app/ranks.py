@@ -153,6 +153,8 @@ def _empty(size: int) -> Tensor:
 def joined(device: str) -> Iterator[Ranks]:
     """Yield this process's place among those that torchrun has started; it leaves their group in the end.
 
+    The process then ends with status 0, 130 after Ctrl-C, or 1 after any other exception.
+
     Args:
         device: as in the configuration: "cpu" takes gloo, anything else also NCCL where there is a GPU.
 
@@ -174,23 +176,26 @@ def joined(device: str) -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     store, rank, world = next(iter(rendezvous("env://")))
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    finished: list[bool] = []
+    status = [1]
     # Registered before what others will, hence called after it.
-    atexit.register(_end, finished)
-    yield Ranks(rank, world, local_rank, local_world, store)
-    # Not after an error: with a rank gone this would wait for it.
-    dist.barrier()
-    gc.collect()
-    dist.destroy_process_group()
-    finished.append(True)
+    atexit.register(_end, status)
+    try:
+        yield Ranks(rank, world, local_rank, local_world, store)
+        # Not after an error: with a rank gone this would wait for it.
+        dist.barrier()
+        gc.collect()
+        dist.destroy_process_group()
+        status[0] = 0
+    except KeyboardInterrupt:
+        status[0] = 130
+        raise
 
 
-def _end(finished: list[bool]) -> None:
-    """End a process whose run has finished, before torch's threads and destructors meet: some of these abort it."""
-    if finished:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+def _end(status: list[int]) -> None:
+    """End a process that had a group, before torch's threads and destructors meet: some of these abort it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status[0])
 
 
 def lost(error: RuntimeError) -> bool:
