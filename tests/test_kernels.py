@@ -259,10 +259,20 @@ def by_kernel(gram):
     return R.cpu(), N.cpu()
 
 
+def by_pivots(gram, squares=None):
+    from mofasgd.kernels.columns import pivoted_columns
+
+    gram = gram.to(DEVICE)
+    squares = gram.diagonal(dim1=-2, dim2=-1) if squares is None else squares.to(DEVICE)
+    R, N = pivoted_columns(gram, squares, algebra.DEPENDENT, algebra.SHARE)
+    return R.cpu(), N.cpu()
+
+
 @pytest.mark.parametrize(
     ("factorize", "k"),
-    [(algebra.independent_columns, k) for k in (10, 64, 130)] + [(by_kernel, k) for k in (10, 20, 64, 72)],
-)
+    [(algebra.independent_columns, k) for k in (10, 64, 130)] + [(by_kernel, k) for k in (10, 20, 64, 72)]
+    + [(by_pivots, k) for k in (10, 20, 40)],
+)  # fmt: skip
 def test_dependent_columns_are_left_out(factorize, k):
     A = torch.randn(4, 2 * k, k, dtype=torch.float64) * torch.logspace(0, 9, k, dtype=torch.float64)
     A[1, :, 3] = A[1, :, :3].sum(dim=-1)
@@ -278,13 +288,27 @@ def test_dependent_columns_are_left_out(factorize, k):
     assert ((Q @ R - A).norm(dim=-2) / A.norm(dim=-2).clamp(min=1e-30)).max() <= 1e-9
 
 
-@pytest.mark.parametrize("factorize", [algebra.independent_columns, by_kernel])
+@pytest.mark.parametrize("factorize", [algebra.independent_columns, by_kernel, by_pivots])
 @pytest.mark.parametrize(("distance", "kept"), [(2e-6, False), (5e-5, True)])
 def test_a_column_depends_on_others_by_its_distance_to_them(factorize, distance, kept):
     A = torch.linalg.qr(torch.randn(2, 40, 11, dtype=torch.float64))[0]
     A[:, :, 3] = A[:, :, 0] + distance * A[:, :, 10]
     _, N = factorize(A[:, :, :10].mT @ A[:, :, :10])
     assert (N[:, :, 3].norm(dim=-1) > 0).tolist() == [kept, kept]
+
+
+@pytest.mark.parametrize("factorize", [algebra.pivoted_columns, by_pivots])
+def test_a_column_of_which_little_is_left_waits_for_one_that_shows_its_direction_better(factorize):
+    # Of columns of length 1 others have left one direction, of the first hardly more than rounding.
+    left = torch.randn(3, 1, 12, dtype=torch.float64)
+    left[:, :, 0] = 2e-5
+    rounding = 1e-15 * torch.randn(3, 12, 12, dtype=torch.float64)
+    gram = left.mT @ left + rounding + rounding.mT
+    R, N = factorize(gram, torch.ones(3, 12, dtype=torch.float64))
+    kept = N.norm(dim=-2) > 0
+    assert kept.sum(dim=-1).tolist() == [1, 1, 1]
+    assert ((left @ N).norm(dim=-2)[kept] - 1).abs().max() <= 1e-10
+    assert (R.mT @ R - gram).abs().max() <= 1e-12
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="test_gpu.py trains there")

@@ -7,7 +7,7 @@ With L = [U GV] (m x 2r) and R = [V GtU] (n x 2r), and C = U'GV,
 All that is read of L and R are their Gram matrices L'L and R'R, and all that is done with them are products L W and
 R W with small W. Between the two lies algebra of 2r x 2r matrices, one batch for all shapes of equal rank:
 
-1. L = Q T by a Cholesky factorization of L'L that leaves out columns which depend on those before them; R likewise.
+1. L = Q T by Gram-Schmidt on L'L that leaves out columns which depend on others; R likewise.
 2. SVD_r of the core Q'(beta M + Ghat)P: right singular vectors by Jacobi rotations (`kernels.jacobi`), left ones by
    orthonormalizing what the core makes of them.
 3. Weights W that carry both back to m and n.
@@ -34,13 +34,13 @@ from mofasgd.rng import gaussian
 SOLVERS = ("auto", "svd", "gram")
 """Exact QR and SVD; Gram matrices; and the latter where it loses nothing: for factors in float32."""
 
-DEPENDENT = 6e-11
+DEPENDENT = 8e-11
 """A column whose squared distance from those before it is below this part of its square depends on them.
 
 Products in float64 leave an error of some 1e-15 in that square, hence 1e-5 in the length of what is kept."""
 
-_SHIFT = 1e-13
-"""Of unit diagonals and 8 columns: above what rounding takes from a pivot of a Cholesky factorization."""
+SHARE = 0.5
+"""Of the most that is left of any column: what must be left of the next one."""
 
 _WIDEST = 1024
 """Columns of what is still worked on by Gram matrices on a GPU: factors, or the first window's sketches."""
@@ -104,37 +104,99 @@ def combine(A: Tensor, B: Tensor, weights: Tensor, active: Tensor) -> Tensor:
 
 
 def independent_columns(gram: Tensor, *, twice: bool = True) -> tuple[Tensor, Tensor]:
-    """Return R and N (B, k, k), upper triangular, for A with the Gram matrix A'A: A = (A N) R.
+    """Return R and N (B, k, k) for A with the Gram matrix A'A: A = (A N) R. Float64.
 
-    A N has orthonormal columns, and zeros where a column of A depends on those before it (`DEPENDENT`); R has zero
-    rows there. Float64. Not `twice`, A'A = R'R is as exact, and A N is as orthonormal as A'A has digits left for it:
-    to some 1e-5 where columns of A nearly depend on each other.
+    A N has orthonormal columns, and zeros where a column of A depends on the others (`DEPENDENT`); R has zero rows
+    there. A GPU takes the columns in order: see `pivoted_columns` for when that is not enough.
+
+    Args:
+        gram: A'A.
+        twice: orthogonalize once more what has come of it. Otherwise A N is as orthonormal as A'A has digits left for
+            it: to some 1e-5 where columns of A nearly depend on each other.
     """
     if usable(gram.device):
         from mofasgd.kernels.columns import independent_columns as on_gpu
 
         return on_gpu(gram, DEPENDENT, twice)
-    lengths = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    lengths = torch.where(lengths > 0, lengths, 1.0)
-    R, N = _independent_unit(gram / (lengths[:, :, None] * lengths[:, None, :]))
+    R, N = pivoted_columns(gram, gram.diagonal(dim1=-2, dim2=-1))
+    return _again(gram, R, N) if twice else (R, N)
+
+
+def pivoted_columns(gram: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Return R and N as `independent_columns` does once, with columns of which little is left put off.
+
+    The next column is the first of which at least `SHARE` of the most that is left of any is left, both as parts of
+    their `squares`. In order, what rounding leaves of a column may become a direction, of which later columns that
+    really have it are cleared; and what is left of these is more rounding than `DEPENDENT` allows for.
+
+    Args:
+        gram: (B, k, k), of columns, or of what others have left of them.
+        squares: (B, k), of the whole columns.
+    """
+    if usable(gram.device):
+        from mofasgd.kernels.columns import pivoted_columns as on_gpu
+
+        return on_gpu(gram, squares, DEPENDENT, SHARE)
+    lengths = torch.where(squares > 0, squares, 1.0).sqrt()
+    unit = gram / (lengths[:, :, None] * lengths[:, None, :])
+    R, N = (_in_order if unit.device.type == "cpu" else _by_pivots)(unit)
     return R * lengths[:, None, :], N / lengths[:, :, None]
 
 
-def _independent_unit(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """`independent_columns` of columns of unit length (or 0)."""
-    k = gram.shape[-1]
-    eye = torch.eye(k, dtype=gram.dtype, device=gram.device)
-    # The largest eigenvalue, and rounding with it, grows with k.
-    R1, _ = torch.linalg.cholesky_ex(gram + _SHIFT * max(1.0, k / 8) * eye, upper=True)
-    N1 = torch.linalg.solve_triangular(R1, eye.expand_as(gram), upper=True)
-    # A dependent column leaves the shift times its squared coefficients in the others, which may be large: such a
-    # pivot is told by the short column that it makes.
-    real = R1.diagonal(dim1=-2, dim2=-1).square() > DEPENDENT
-    real &= (N1.mT @ gram @ N1).diagonal(dim1=-2, dim2=-1) > 0.5
-    R1, N1 = torch.where(real[:, :, None], R1, 0.0), torch.where(real[:, None, :], N1, 0.0)
-    # The shift has left columns a little short; of them as they are, the second factorization is exact.
-    R2, _ = torch.linalg.cholesky_ex(N1.mT @ gram @ N1 + torch.diag_embed((~real).to(gram.dtype)), upper=True)
-    return R2 @ R1, torch.linalg.solve_triangular(R2, N1, upper=True, left=False)
+def _in_order(A: Tensor) -> tuple[Tensor, Tensor]:
+    """`_by_pivots` by LAPACK where the order is the given one, as it is most of the time; it reads whether it is."""
+    R, failed = torch.linalg.cholesky_ex(A, upper=True)
+    N = torch.linalg.solve_triangular(R, torch.eye(R.shape[-1], dtype=R.dtype).expand_as(R), upper=True)
+    # What is left of column k when it is the turn of column j: sum of R_ik^2 over i >= j.
+    most = R.square().flip(-2).cumsum(dim=-2).flip(-2).amax(dim=-1)
+    pivots = R.diagonal(dim1=-2, dim2=-1).square()
+    other = ~((pivots >= SHARE * most) & (pivots > DEPENDENT)).all(dim=-1) | (failed != 0)
+    if other.any():
+        R[other], N[other] = _by_pivots(A[other])
+    return R, N
+
+
+def _by_pivots(A: Tensor) -> tuple[Tensor, Tensor]:
+    """`pivoted_columns` of columns whose squares are 1."""
+    batch, k, _ = A.shape
+    A, matrix = A.clone(), torch.arange(batch, device=A.device)
+    R, N = torch.zeros_like(A), torch.eye(k, dtype=A.dtype, device=A.device).repeat(batch, 1, 1)
+    kept = torch.zeros(batch, k, dtype=torch.bool, device=A.device)
+    # What is left of the columns; -1: their turn has been.
+    left = A.diagonal(dim1=-2, dim2=-1).clamp(min=0)
+    for _ in range(k):
+        chosen = (left >= SHARE * left.amax(dim=-1, keepdim=True)).int().argmax(dim=-1)
+        line = torch.where(left >= 0, A[matrix, chosen], 0.0)
+        pivot = line[matrix, chosen]
+        kept[matrix, chosen] = real = pivot > DEPENDENT
+        scale = torch.where(real, pivot, torch.inf).rsqrt()[:, None]
+        line, own = line * scale, N[matrix, :, chosen] * scale
+        R[matrix, chosen] = line
+        left[matrix, chosen], line[matrix, chosen] = -1.0, 0.0
+        N -= own[:, :, None] * line[:, None, :]
+        N[matrix, :, chosen] = own
+        A -= line[:, :, None] * line[:, None, :]
+        left = torch.where(left >= 0, A.diagonal(dim1=-2, dim2=-1).clamp(min=0), -1.0)
+    return R, torch.where(kept[:, None, :], N, 0.0)
+
+
+def _again(gram: Tensor, R: Tensor, N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return R and N of `gram` from what one time has made of it."""
+    R2, N2 = independent_columns(N.mT @ gram @ N, twice=False)
+    return R2 @ R, N @ N2
+
+
+def tall_columns(gram: Tensor, *, twice: bool = False) -> tuple[Tensor, Tensor]:
+    """Return R and N of [U S] (B, m, r) each, U nearly orthonormal or zero; U before S. `twice`: as above."""
+    r = gram.shape[-1] // 2
+    of_S = gram[:, r:, r:]
+    R1, N1 = independent_columns(gram[:, :r, :r], twice=False)
+    C = N1.mT @ gram[:, :r, r:]
+    R2, N2 = pivoted_columns(torch.baddbmm(of_S, C.mT, C, alpha=-1), of_S.diagonal(dim1=-2, dim2=-1))
+    zeros = torch.zeros_like(C)
+    R = torch.cat([torch.cat([R1, C], dim=2), torch.cat([zeros, R2], dim=2)], dim=1)
+    N = torch.cat([torch.cat([N1, -(N1 @ C) @ N2], dim=2), torch.cat([zeros, N2], dim=2)], dim=1)
+    return _again(gram, R, N) if twice else (R, N)
 
 
 def tall_product(A: Tensor, B: Tensor) -> Tensor:
@@ -252,8 +314,8 @@ def solve(small: Small, beta: float | Tensor, factor: Tensor | None) -> Weights:
         factor: of the gradient, 0-dim float64, or None for 1.
     """
     r = small.s.shape[-1]
-    # Their own rounding leaves the Gram matrices no better than one time makes of them.
-    T, N = independent_columns(small.grams.flatten(0, 1), twice=False)
+    # Once is enough: a second time would not mend the rounding of the Gram matrices themselves.
+    T, N = tall_columns(small.grams.flatten(0, 1))
     (Tu, Tv), (Nu, Nv) = T.chunk(2), N.chunk(2)
 
     # Q'(beta M + Ghat)P = Tu [[beta diag(s) - f C, f real], [f real, 0]] Tv'
@@ -293,7 +355,7 @@ def seen_columns(small: Small) -> tuple[Tensor, Tensor]:
     """
     r = small.s.shape[-1]
     real = small.real.repeat(1, 2)
-    R, N = independent_columns((small.grams * real[:, :, None] * real[:, None, :]).flatten(0, 1))
+    R, N = tall_columns((small.grams * real[:, :, None] * real[:, None, :]).flatten(0, 1), twice=True)
     return R.diagonal(dim1=-2, dim2=-1)[:, r:].view(2, -1, r), N.view(2, -1, 2 * r, 2 * r)[..., r:]
 
 
@@ -313,7 +375,7 @@ def start(YY: Tensor, ZZ: Tensor, PY: Tensor, rank: int) -> Weights:
         YY, ZZ: Gram matrices Y'Y (P, l, l) and Z'Z (P, k, k) of the first window's sketches; finite.
         PY: Psi'Y (P, k, l).
     """
-    _, N = independent_columns(YY)
+    _, N = _again(YY, *pivoted_columns(YY, YY.diagonal(dim1=-2, dim2=-1)))
     # Q = Y N;  G ~ Q X  with  X = (Psi'Q)^+ Z',  X' = Z F
     B, NB, _ = orthonormal(PY @ N)
     F = B @ NB.mT

@@ -1,7 +1,7 @@
 """Orthonormal combinations of a matrix's columns from its Gram matrix, one launch for many.
 
-Equals `mofasgd.algebra.independent_columns` of the torch path: Gram-Schmidt on the Gram matrix, column after column, a
-dependent one left out, and once more on what has come of it.
+`pivoted_columns` equals that of `mofasgd.algebra`: Gram-Schmidt on the Gram matrix, a dependent column left out.
+`independent_columns` takes the columns in order, by blocks where they are many.
 """
 
 from __future__ import annotations
@@ -13,14 +13,19 @@ from torch import Tensor
 
 
 @triton.jit
+def _root(pivot, least):
+    """Return 1 / sqrt(pivot), 0 unless it is above `least`."""
+    real = pivot > least
+    return tl.where(real, 1 / tl.sqrt(tl.where(real, pivot, 1.0)), 0.0)
+
+
+@triton.jit
 def _orthogonalize(A, row, column, k, least):
     """Return (R, N) of the Gram matrix A: A = R'R, N'AN = I; zeros where a pivot <= `least`."""
     N = (row[:, None] == column[None, :]).to(tl.float64)
     for j in range(k):
         line = tl.sum(tl.where(row[:, None] == j, A, 0.0), 0)
-        pivot = tl.sum(tl.where(column == j, line, 0.0), 0)
-        real = pivot > least
-        scale = tl.where(real, 1 / tl.sqrt(tl.where(real, pivot, 1.0)), 0.0)
+        scale = _root(tl.sum(tl.where(column == j, line, 0.0), 0), least)
         line *= scale
         after = tl.where(column > j, line, 0.0)
         own = tl.sum(tl.where(column[None, :] == j, N, 0.0), 1) * scale
@@ -28,6 +33,52 @@ def _orthogonalize(A, row, column, k, least):
         # Rows above are done and `after` is zero there: row j of R takes the place of row j of A.
         A = tl.where(row[:, None] == j, line[None, :], A - after[:, None] * after[None, :])
     return tl.where(row[:, None] <= column[None, :], A, 0.0), N
+
+
+@triton.jit
+def _pivoted(
+    gram, squares, R, N, lines, own_lines, k, of_batch, of_row, squares_of_batch, squares_of_row, least, share,
+    K: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """R and N of the Gram matrix number program_id(0), its columns in the order of `algebra.pivoted_columns`.
+
+    R, N: zeros. lines, own_lines: rows of R and columns of N in that order, of unit columns, T at a time.
+    """
+    batch = tl.program_id(0).to(tl.int64)
+    gram += batch * of_batch
+    column = tl.arange(0, K)
+    inside = column < k
+    length = tl.load(squares + batch * squares_of_batch + column * squares_of_row, mask=inside, other=1.0)
+    length = tl.sqrt(tl.where(length > 0, length, 1.0))
+    left = tl.load(gram + column * (of_row + 1), mask=inside, other=0.0) / (length * length)
+    # -1: its turn has been, or there is no such column.
+    left = tl.where(inside, tl.maximum(left, 0.0), -1.0)
+    batch *= k * k
+    lines += batch
+    own_lines += batch
+    count, most = 0, tl.max(left, 0)
+    while most > least:
+        j = tl.min(tl.where(left >= share * most, column, K), 0)
+        its_length = tl.sum(tl.where(column == j, length, 0.0), 0)
+        line = tl.load(gram + j.to(tl.int64) * of_row + column, mask=inside, other=0.0) / (its_length * length)
+        own = (column == j).to(tl.float64)
+        for start in range(0, count, T):
+            before = start + tl.arange(0, T)
+            mask = (before < count)[:, None] & inside[None, :]
+            at = before[:, None] * k + column[None, :]
+            part = tl.load(lines + before * k + j, mask=before < count, other=0.0)[:, None]
+            line -= tl.sum(part * tl.load(lines + at, mask=mask, other=0.0), 0)
+            own -= tl.sum(part * tl.load(own_lines + at, mask=mask, other=0.0), 0)
+        scale = _root(tl.sum(tl.where(column == j, line, 0.0), 0), least)
+        line, own = tl.where(left >= 0, line, 0.0) * scale, own * scale
+        tl.store(lines + count * k + column, line, mask=inside)
+        tl.store(own_lines + count * k + column, own, mask=inside)
+        tl.store(R + batch + j * k + column, line * length, mask=inside)
+        tl.store(N + batch + column * k + j, own / length, mask=inside)
+        left = tl.where((left >= 0) & (column != j), tl.maximum(left - line * line, 0.0), -1.0)
+        count, most = count + 1, tl.max(left, 0)
+        # The next column reads what other threads have stored.
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -147,4 +198,21 @@ def independent_columns(gram: Tensor, dependent: float, twice: bool = True) -> t
     warps = {16: 1, 32: 2}.get(K, 8)
     with torch.cuda.device_of(gram):
         _columns[(batch,)](gram, R, N, k, DEPENDENT=dependent, TWICE=twice, K=K, num_warps=warps)
+    return R, N
+
+
+def pivoted_columns(gram: Tensor, squares: Tensor, dependent: float, share: float) -> tuple[Tensor, Tensor]:
+    """Return (R, N) (B, k, k) of finite Gram matrices (B, k, k), float64, whose columns have these `squares` (B, k).
+
+    `dependent` and `share` are `algebra.DEPENDENT` and `algebra.SHARE`.
+    """
+    batch, k, _ = gram.shape
+    gram = gram.contiguous()
+    R, N, lines, own_lines = (torch.zeros_like(gram) for _ in range(4))
+    K = max(16, triton.next_power_of_2(k))
+    with torch.cuda.device_of(gram):
+        _pivoted[(batch,)](
+            gram, squares, R, N, lines, own_lines, k, *gram.stride()[:2], *squares.stride(), dependent, share,
+            K=K, T=max(1, min(16, 4096 // K)), num_warps=max(1, min(8, K // 32)),
+        )  # fmt: skip
     return R, N
