@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import types
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from mofasgd.app.tune import answers
 from mofasgd.app.tune.encode import IGNORED, encode
 from mofasgd.app.tune.finetune import Session
 from mofasgd.app.tune.rows import read_row
+from mofasgd.app.tune.tuner import Tuner
 
 RATES = {"mofasgd": 0.05, "adamw": 0.01, "lora": 0.1, "galore": 0.05, "muon": 0.05}
 
@@ -125,6 +127,15 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path, model):
         run_quietly(config(tmp_path, model, steps=2, resume=True, **options("adamw")))
 
 
+def test_a_run_goes_on_from_its_newest_whole_checkpoint(tmp_path, model):
+    for step in (9, 10, 11):
+        (tmp_path / "run" / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True)
+    for step in (9, 10):
+        (tmp_path / "run" / "checkpoints" / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    session = Session(config(tmp_path, model, resume=True, **options("adamw")), None)
+    assert session.checkpoint.name == "checkpoint-10"
+
+
 def test_packed_rows_do_not_see_each_other(tmp_path, model):
     """The loss of packs in one batch is that of the rows alone."""
     run = config(tmp_path, model, {"packing": True, "context": 128}, **options("adamw"))
@@ -151,6 +162,41 @@ def test_samples_and_exact_match_are_what_the_model_writes(tmp_path, model):
     assert [sample["after"] for sample in samples] == ["#### 7", "#### 7"]
     assert samples[0]["before"] != "#### 7"
     assert samples[0]["prompt"].endswith("<|im_start|>assistant\n")
+
+
+def test_exact_match_is_of_the_first_rows_however_many_samples_there_are(tmp_path, model, monkeypatch):
+    """Of the five rows the model gets the first right only."""
+    found = ["#### 51", "#### 0", "#### 0", "#### 0", "#### 0"]
+    monkeypatch.setattr("mofasgd.app.tune.finetune.write", lambda model, tok, rows, *rest: found[: len(rows)])
+    for samples in (0, 1, 5):
+        session = Session(config(tmp_path, model, exact_match=2, **options("adamw") | {"samples": samples}), None)
+        metrics, texts = session.examine()
+        assert (metrics["exact_match"], texts) == (0.5, found[:samples])
+
+
+def test_the_speed_leaves_evaluations_and_the_first_log_interval_out(tmp_path, model, monkeypatch):
+    """With a clock that goes on by so many seconds in each step and by 1000 in each evaluation."""
+    now, seconds, tokens = [0.0], [100, 200, 1, 2, 3, 4], []
+
+    def step(self, net, inputs, *rest):
+        tokens.append(int((inputs["input_ids"] != 0).sum()))  # 0: padding
+        now[0] += seconds[len(tokens) - 1]
+        return trained(self, net, inputs, *rest)
+
+    def loss(self):
+        now[0] += 1000
+        return evaluated(self)
+
+    trained, evaluated = Tuner.training_step, Session.loss
+    monkeypatch.setattr(Tuner, "training_step", step)
+    monkeypatch.setattr(Session, "loss", loss)
+    monkeypatch.setattr("mofasgd.app.usage.time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    run = config(tmp_path, model, eval_every=1, log_every=2, **options("adamw"))
+    assert run_quietly(run)["tokens_per_second"] == pytest.approx(sum(tokens[2:]) / 10, abs=0.05)
+    lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    logged = [(line["seconds"], line["tokens_per_second"]) for line in lines if "loss" in line]
+    rates = [sum(tokens[i : i + 2]) / sum(seconds[i : i + 2]) for i in (0, 2, 4)]
+    assert logged == [(s, pytest.approx(rate, abs=0.05)) for s, rate in zip((300, 303, 310), rates, strict=True)]
 
 
 def test_answers_do_not_depend_on_the_batch(tmp_path, model, monkeypatch):

@@ -173,10 +173,11 @@ def test_every_method_learns_the_first_letter(tmp_path, model, method):
 
 def test_a_number_is_predicted_and_a_diverged_run_has_no_score(tmp_path, model):
     folder_of(tmp_path, "stsb")
-    config = GlueConfig(
-        model=str(model), data=str(tmp_path), out=tmp_path, epochs=10, batch_size=8, device="cpu", log_every=1
-    )
+    lengths = {"context": 3, "epochs": 10, "batch_size": 8, "log_every": 1}
+    config = GlueConfig(model=str(model), data=str(tmp_path), out=tmp_path, device="cpu", **lengths)
     result = execute(GlueRun(config, "stsb", MethodConfig(method="adamw", lr=0.01), 0))
+    # All rows have four tokens or more, of which three tell what is learned.
+    assert (result["rows"], result["cut"]) == ([24, 9], 24 + 9)
     assert result["pearson"] > 0.9
     assert result["score"] == pytest.approx(50 * (result["pearson"] + result["spearman"]))
     assert execute(GlueRun(config, "stsb", MethodConfig(method="adamw", lr=1e30), 0))["score"] is None

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("trl")
 
 import pyarrow.parquet
+from tokenizers.processors import TemplateProcessing
 from tune_case import sums, tokenizer, write_rows
 
 from mofasgd.app.tune.config import RowsConfig
@@ -67,6 +68,11 @@ def test_without_a_chat_template_pairs_are_plain_text_and_chats_an_error():
     assert tok.decode(encode(tok, read_row({"prompt": "a ", "completion": "b"})).input_ids) == "a b<|im_end|>"
     with pytest.raises(ValueError, match=r"no chat template.*--data\.chat_template"):
         encode(tok, read_row({"messages": CHAT}))
+    # A tokenizer that ends every text: the row ends once, and the model is not asked after an end.
+    ends = [("<|im_end|>", tok.eos_token_id)]
+    tok.backend_tokenizer.post_processor = TemplateProcessing(single="$A <|im_end|>", special_tokens=ends)
+    assert tok("a")["input_ids"][-1] == tok.eos_token_id
+    assert encode(tok, read_row({"question": "1+1?", "answer": "2"})) == example
 
 
 @pytest.mark.parametrize(
@@ -107,8 +113,10 @@ def test_a_dataset_of_the_hub_has_a_name_a_configuration_and_a_split(monkeypatch
     asked = []
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: asked.append((*a, k["split"])) or sums(0, 2))
     for name in ("a/b", "a/b:main", "a/b:main:dev"):
-        read("data.train", name, "train", Skipped())
-    assert asked == [("a/b", None, "train"), ("a/b", "main", "train"), ("a/b", "main", "dev")]
+        load(tokenizer(), RowsConfig(train=name, validation=name), Skipped())
+    train, validation = asked[::2], asked[1::2]
+    assert train == [("a/b", None, "train"), ("a/b", "main", "train"), ("a/b", "main", "dev")]
+    assert validation == [("a/b", None, "test"), ("a/b", "main", "test"), ("a/b", "main", "dev")]
 
 
 @pytest.mark.parametrize(
@@ -155,8 +163,19 @@ def test_what_is_left_out_is_counted_with_its_first_place(tmp_path):
     assert "2 rows left out" in str(skipped)
     assert "1 longer than data.context=64 tokens (the first: a.jsonl:3)" in str(skipped)
     assert "(the first: a.jsonl:4)" in str(skipped)
-    limited, _ = load(tokenizer(), RowsConfig(train=str(path), context=64, rows=3), Skipped())
-    assert [example.answer for example in limited] == ["#### 1", "#### 2", "#### 5"]
+    limits = {"rows": 3, "validation_rows": 1}
+    limited = load(tokenizer(), RowsConfig(train=str(path), context=64, holdout=0.25, **limits), Skipped())
+    assert [[row.answer for row in part] for part in limited] == [["#### 1", "#### 2", "#### 5"], ["#### 9"]]
+
+
+def test_an_answer_of_which_nothing_is_predicted_is_left_out(tmp_path):
+    """The first token of a sequence follows nothing."""
+    rows = [{"question": "a", "answer": answer} for answer in ("7", "78", "9")]
+    path = write_rows(tmp_path / "a.jsonl", rows * 2)
+    only = tokenizer("{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] }}{% endfor %}")
+    skipped = Skipped()
+    train, _ = load(only, RowsConfig(train=str(path), validation=str(path)), skipped)
+    assert ([row.answer for row in train], skipped.counts.total()) == (["78", "78"], 8)
 
 
 def test_nothing_left_is_an_error(tmp_path):

@@ -5,6 +5,8 @@ from mutants import Mutant
 _RESUME = "test_tune_finetune.py::test_an_interrupted_run_resumes_bit_for_bit[mofasgd]"
 _LEARNS = "test_tune_finetune.py::test_it_learns_and_saves_what_it_reports[mofasgd]"
 _BATCH = "test_tune_finetune.py::test_answers_do_not_depend_on_the_batch"
+_SPEED = "test_tune_finetune.py::test_the_speed_leaves_evaluations_and_the_first_log_interval_out"
+_DECAY = "test_tune_methods.py::test_decay_is_decoupled_and_of_all_that_has_two_dimensions"
 
 MUTANTS = [
     Mutant(
@@ -139,5 +141,82 @@ MUTANTS = [
         'self._mark("sketches", sketches(self.optimizer))',
         "pass",
         "test_tune_memory.py::test_attached_mofasgd_holds_sketches_in_place_of_gradients",
+    ),
+    Mutant(
+        "a decay that TrainingArguments do not get",
+        "app/tune/methods.py",
+        '"weight_decay": settings["weight_decay"], "max_grad_norm"',
+        '"max_grad_norm"',
+        "test_tune_methods.py::test_every_setting_of_every_method_takes_effect[mofasgd]",
+    ),
+    Mutant(
+        "GaLore's matrices do not decay",
+        "app/tune/methods.py",
+        '("rank", "gap", "scale", "weight_decay")',
+        '("rank", "gap", "scale")',
+        f"{_DECAY}[galore]",
+    ),
+    Mutant(
+        "Muon's matrices do not decay",
+        "app/tune/methods.py",
+        'weight_decay=settings["weight_decay"])\n',
+        "weight_decay=0.0)\n",
+        f"{_DECAY}[muon]",
+    ),
+    Mutant(
+        "a step of each micro-batch",
+        "app/tune/training.py",
+        "config.batch_size // micro",
+        "1",
+        "test_tune_methods.py::test_micro_batches_change_nothing[adamw]",
+    ),
+    Mutant(
+        "attach is not passed on",
+        "app/tune/methods.py",
+        '"lr_scale", "attach", "factor")',
+        '"lr_scale", "factor")',
+        "test_tune_methods.py::test_attach_decides_what_backward_leaves",
+    ),
+    Mutant(
+        "validated on what is trained on",
+        "app/tune/encode.py",
+        'config.validation, "test"',
+        'config.validation, "train"',
+        "test_tune_rows.py::test_a_dataset_of_the_hub_has_a_name_a_configuration_and_a_split",
+    ),
+    Mutant(
+        "the model is asked after an end",
+        "app/tune/encode.py",
+        "asked = asked[:-1]",
+        "pass",
+        "test_tune_rows.py::test_without_a_chat_template_pairs_are_plain_text_and_chats_an_error",
+    ),
+    Mutant(
+        "checkpoint 9 is newer than 10",
+        "app/tune/finetune.py",
+        'key=lambda path: int(path.name.rsplit("-", 1)[1])',
+        "key=lambda path: path.name",
+        "test_tune_finetune.py::test_a_run_goes_on_from_its_newest_whole_checkpoint",
+    ),
+    Mutant(
+        "the last of the written answers are compared",
+        "app/tune/finetune.py",
+        "texts[: len(right)]",
+        "texts[-len(right) :]",
+        "test_tune_finetune.py::test_exact_match_is_of_the_first_rows_however_many_samples_there_are",
+    ),
+    Mutant(
+        "warming up counts as speed",
+        "app/tune/callback.py",
+        "self._rate(self._marks[1])",
+        "self._rate(self._marks[0])",
+        _SPEED,
+    ),
+    Mutant(
+        "evaluations count as training",
+        "app/tune/callback.py",
+        "self._write(step, self.evaluate())\n            self.clock.skip()",
+        "self._write(step, self.evaluate())",
+        _SPEED,
     ),
 ]

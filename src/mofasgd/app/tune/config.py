@@ -117,7 +117,8 @@ class RowsConfig:
     train: str = ""
     """a .jsonl, .json or .parquet file (.jsonl and .json also .gz), or a Hugging Face dataset, name[:config[:split]]"""
     validation: str = ""
-    """the same for validation; empty: a part of the training rows is held out"""
+    """the same for validation, of a dataset its split "test" if none is named; empty: a part of the training rows is
+    held out"""
     holdout: float = 0.05
     """share of the training rows, from the end, held out when there are no validation rows"""
     context: int = 1024
