@@ -1,7 +1,9 @@
 """A run of `mofasgd pretrain` small enough for a test."""
 
 import json
+import time
 
+import pytest
 import torch
 import yaml
 
@@ -47,6 +49,23 @@ def metrics(out):
     clock = ("seconds", "tokens_per_second", "peak_mb")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+
+def _filled(path):
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:  # an older checkpoint, which has made room since
+        return False
+
+
+def wait_for(process, folder, pattern):
+    """Wait until `process` has written something into a file of `folder`."""
+    end = time.monotonic() + 120
+    while not any(map(_filled, folder.glob(pattern))):
+        if process.poll() is not None:
+            pytest.fail(f"ended with status {process.returncode}: {process.stderr.read()}")
+        assert time.monotonic() < end, f"no {pattern} after two minutes"
+        time.sleep(0.05)
 
 
 def write_config(config, path):

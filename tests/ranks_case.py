@@ -1,10 +1,10 @@
 """Ranks that start in no time: copies of a process that has imported everything, joined over gloo."""
 
 import os
-import socket
 from multiprocessing import get_context
 
 import torch
+from dist_pair import meeting_point, torchrun_environment
 
 from mofasgd.app.ranks import joined
 
@@ -15,10 +15,9 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-def _rank(rank, world, port, pipe, work, args):
+def _rank(environment, pipe, work, args):
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= environment
     try:
         with joined("cpu") as ranks:
             pipe.send(work(ranks, *args))
@@ -33,13 +32,11 @@ def together(work, *args, world=2):
 
     Work and arguments are pickled: functions of a module.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes, pipes, outcomes = [], [], []
+    store, processes, pipes, outcomes = meeting_point(), [], [], []
     for rank in range(world):
         pipe, end = _CONTEXT.Pipe(duplex=False)
-        processes.append(_CONTEXT.Process(target=_rank, args=(rank, world, port, end, work, args), daemon=True))
+        given = (torchrun_environment(store, rank, world), end, work, args)
+        processes.append(_CONTEXT.Process(target=_rank, args=given, daemon=True))
         processes[-1].start()
         end.close()
         pipes.append(pipe)

@@ -10,6 +10,7 @@ from app_common import metrics, run_quietly, tiny
 from mofasgd.app.compare import compare
 from mofasgd.app.config import CompareConfig, OptimizerConfig, PretrainConfig
 from mofasgd.app.errors import Stopped
+from mofasgd.app.identity import digest
 from mofasgd.app.record import TensorBoard, WandB
 from mofasgd.app.report import reading
 
@@ -51,6 +52,34 @@ def test_the_best_rate_is_repeated_and_reported(tmp_path, capsys):
     alone = tiny(tmp_path, steps=4, optimizer={"name": "mofasgd", "rank": 4, "lr": best["lr"]})
     assert run_quietly(alone)["validation_loss"] == best["validation_loss"]
     assert metrics(tmp_path / "run") == metrics(tmp_path / "out" / best["folder"])
+
+
+def test_a_best_rate_at_either_end_of_those_tried_is_marked(tmp_path, monkeypatch, capsys):
+    import mofasgd.app.compare as module
+
+    # Not in order: an end is the lowest or the highest.
+    rates = [0.02, 0.01, 0.03]
+    losses = {"low": [2, 1, 3], "middle": [1, 2, 3], "high": [2, 3, 1], "single": [1]}
+    costs = dict.fromkeys(("optimizer_state_mb", "gradients_mb", "weights_mb", "ms_per_step"), 1.0)
+
+    def execute(job, workers):
+        loss = float(losses[job.label][rates.index(job.lr)])
+        told = {"label": job.label, "lr": job.lr, "seed": job.seed, "config": digest(job.config), "jobs": workers}
+        return {**told, **costs, "folder": "none", "data": {"sha256": ""}, "validation_loss": loss}
+
+    monkeypatch.setattr(module, "_execute", execute)
+    monkeypatch.setattr(module, "draw", lambda *_: False)
+    methods = {label: OptimizerConfig(name="adamw") for label in losses}
+    compare(comparison(tmp_path, methods=methods, lrs={label: rates[: len(losses[label])] for label in losses}))
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert {row["label"]: (row["lr"], row["edge"]) for row in rows} == {
+        "low": (0.01, True),
+        "middle": (0.02, False),
+        "high": (0.03, True),
+        "single": (0.02, False),
+    }
+    shown = capsys.readouterr().out
+    assert [text in shown for text in ("0.01*", "0.02*", "0.03*", "at the end of the learning rates")] == [1, 0, 1, 1]
 
 
 def test_a_second_call_keeps_what_is_there_and_other_settings_are_refused(tmp_path, monkeypatch):

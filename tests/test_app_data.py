@@ -136,6 +136,15 @@ def test_the_fingerprint_covers_every_token(tmp_path):
     assert len(prints) == 6
 
 
+def test_the_end_of_the_data_is_held_out_in_the_share_that_is_asked_for(tmp_path):
+    for name, tokens in (("a.bin", range(600)), ("b.bin", range(600, 1000))):
+        (tmp_path / name).write_bytes(shard_bytes(tokens))
+    for share, begin in ((0.1, 900), (0.25, 750), (0.7, 300)):
+        corpus, validation = load(DataConfig(train=str(tmp_path), context=8, holdout=share))
+        assert np.concatenate(corpus.shards).tolist() == list(range(begin))
+        assert np.concatenate(validation).tolist() == list(range(begin, 1000))
+
+
 shard_lists = st.lists(st.integers(0, 60), min_size=1, max_size=5).filter(lambda sizes: max(sizes) > 8)
 
 
@@ -161,6 +170,13 @@ def test_windows_predict_every_token_once_a_pass_and_stay_within_a_shard(sizes, 
         for i, size in enumerate(sizes):  # all but a remainder shorter than a window
             found = ((targets >= 1000 * i) & (targets < 1000 * (i + 1))).sum()
             assert max(0, size - 1) - context < found <= max(0, size - 1)
+
+
+@pytest.mark.parametrize("size", [9, 12, 16, 17])
+def test_every_pass_is_cut_elsewhere_so_that_no_token_is_left_out_for_good(size):
+    windows = Windows([np.arange(size), np.arange(100, 100 + size)], 8, seed=0)
+    targets = {int(token) for i in range(60 * len(windows)) for token in windows[i][1:]}
+    assert targets == {begin + token for begin in (0, 100) for token in range(1, size)}
 
 
 def test_the_order_depends_on_seed_and_position_only():

@@ -6,14 +6,12 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from app_common import final_weights, metrics, run_quietly, tiny, write_config
+from app_common import final_weights, metrics, run_quietly, tiny, wait_for, write_config
 from ranks_case import together
 
 from mofasgd.app import checkpoint, trainer
@@ -26,8 +24,6 @@ from mofasgd.app.pretrain import pretrain
 from mofasgd.app.run import train
 from mofasgd.app.signals import catch_signals
 from mofasgd.app.trainer import Trainer
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def equal(a, b):
@@ -289,37 +285,38 @@ def test_ranks_killed_at_random_lose_nothing(tmp_path, seed):
     kill_and_resume(tmp_path, plans, steps=40, checkpoint_every=2, log_every=5, eval_every=20)
 
 
-def launch(config, folder, *command):
-    path = write_config(config, folder / "config.yaml")
-    command = [sys.executable, "-m", *command, "pretrain", "--config", str(path)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+@pytest.fixture
+def launch(start_process):
+    """Return a function that starts `python -m *command pretrain` on a configuration."""
+
+    def launch(config, folder, *command):
+        path = write_config(config, folder / "config.yaml")
+        return start_process([sys.executable, "-m", *command, "pretrain", "--config", str(path)])
+
+    return launch
 
 
-def workers_of(process):
-    """Return the pids of a launcher's ranks, by rank."""
-    found = []
+def pids_of_ranks(launcher, out):
+    """Return the pids of a launcher's two ranks, by rank: the lead alone has the run folder's metrics open."""
+    leads, others = [], []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text().rsplit(")")[-1].split()[1])
-            command = (folder / "cmdline").read_text()
+            if parent != launcher.pid or "resource_tracker" in (folder / "cmdline").read_text():
+                continue
+            files = {os.readlink(file) for file in (folder / "fd").iterdir()}
         except OSError:
             continue
-        if parent == process.pid and "resource_tracker" not in command:
-            found.append(int(folder.name))
-    return sorted(found)
+        (leads if str(out / "metrics.jsonl") in files else others).append(int(folder.name))
+    (lead,), (other,) = leads, others
+    return lead, other
 
 
-def wait_for(process, folder, pattern):
-    while not any(path.stat().st_size for path in folder.glob(pattern)):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-
-
-def test_gpus_starts_the_ranks_and_tells_of_a_killed_one(tmp_path):
+def test_gpus_starts_the_ranks_and_tells_of_a_killed_one(tmp_path, launch):
     options = {"steps": 2000, "log_every": 1, "checkpoint_every": 1, "keep_checkpoints": 1}
     process = launch(tiny(tmp_path, gpus=2, **options), tmp_path, "mofasgd.cli")
     wait_for(process, tmp_path / "run", "checkpoints/*.pt")
-    os.kill(workers_of(process)[1], signal.SIGKILL)
+    os.kill(pids_of_ranks(process, tmp_path / "run")[1], signal.SIGKILL)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
     assert error.count("\n") == 1, error
@@ -340,13 +337,9 @@ def test_a_second_signal_acts_at_once():
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_terminal_saves(tmp_path):
+def test_ctrl_c_in_a_terminal_saves(tmp_path, launch):
     options = {"steps": 400, "log_every": 1}
-    config = tiny(tmp_path, gpus=2, **options)
-    path = write_config(config, tmp_path / "config.yaml")
-    command = [sys.executable, "-m", "mofasgd.cli", "pretrain", "--config", str(path)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
-    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    process = launch(tiny(tmp_path, gpus=2, **options), tmp_path, "mofasgd.cli")
     wait_for(process, tmp_path / "run", "metrics.jsonl")
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
@@ -363,12 +356,12 @@ def test_ctrl_c_in_a_terminal_saves(tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun(tmp_path):
+def test_torchrun(tmp_path, launch):
     run = ("torch.distributed.run", "--nproc-per-node", "2", "-m", "mofasgd.cli")
     options = {"log_every": 1, "checkpoint_every": 5}
     process = launch(tiny(tmp_path, steps=400, **options), tmp_path, *run)
     wait_for(process, tmp_path / "run", "checkpoints/*.pt")
-    os.kill(workers_of(process)[0], signal.SIGKILL)
+    os.kill(pids_of_ranks(process, tmp_path / "run")[0], signal.SIGKILL)
     _, error = process.communicate(timeout=60)
     assert process.returncode != 0
     assert error.count("mofasgd pretrain: error: rank 1 has lost another rank") == 1

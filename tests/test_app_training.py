@@ -295,8 +295,15 @@ def test_precisions(tmp_path):
     for precision in ("float32", "bf16-mixed", "bf16-true"):
         config = tiny(tmp_path, precision=precision, out=tmp_path / precision, steps=20, eval_every=20)
         losses[precision] = run_quietly(config)["validation_loss"]
-    dtypes = {p.dtype for p in Trainer(tiny(tmp_path, precision="bf16-true")).model.parameters()}
-    assert dtypes == {torch.bfloat16}
+        one, seen = Trainer(config), []
+        assert {p.dtype for p in one.model.parameters()} == {
+            torch.bfloat16 if precision == "bf16-true" else torch.float32
+        }
+        # Evaluated as it is trained.
+        one.model.head.register_forward_hook(lambda module, args, logits, seen=seen: seen.append(logits.dtype))
+        one.train_step(), one.evaluate()
+        assert len(seen) > 1
+        assert set(seen) == {torch.float32 if precision == "float32" else torch.bfloat16}
     # bfloat16 keeps 8 bits: the runs differ, and not by much.
     assert len(set(losses.values())) == 3
     assert max(losses.values()) - min(losses.values()) < 0.1

@@ -3,6 +3,7 @@
 from mutants import Mutant
 
 _BIT_EXACT = "test_app_run.py::test_an_interrupted_run_resumes_bit_for_bit"
+_RECORD = "test_app_record.py::test_the_record_of_a_run_that_was_resumed_once"
 
 MUTANTS = [
     Mutant(
@@ -200,5 +201,75 @@ MUTANTS = [
         "                time.sleep(_PATIENCE)\n",
         "",
         "test_app_ranks.py::test_gpus_starts_the_ranks_and_tells_of_a_killed_one",
+    ),
+    Mutant(
+        "the worst validation loss reported as the best",
+        "app/journal.py",
+        '"best_validation_loss": min(',
+        '"best_validation_loss": max(',
+        _RECORD,
+    ),
+    Mutant(
+        "a resumed run as another curve",
+        "app/journal.py",
+        'earlier.get("id", uuid.uuid4().hex[:16])',
+        "uuid.uuid4().hex[:16]",
+        _RECORD,
+    ),
+    Mutant(
+        "the seconds of earlier sessions lost",
+        "app/run.py",
+        'return float(content["seconds"])',
+        "return 0.0",
+        _RECORD,
+    ),
+    Mutant(
+        "the warm-up counted in the time of a step",
+        "app/usage.py",
+        "self.laps[1:] or self.laps",
+        "self.laps",
+        _RECORD,
+    ),
+    Mutant(
+        "the state of AdamW beside Muon not counted",
+        "app/baselines.py",
+        "for optimizer in optimizers\n",
+        "for optimizer in list(optimizers)[:1]\n",
+        _RECORD,
+    ),
+    Mutant(
+        "changed code recorded as that of the commit",
+        "app/record.py",
+        'else bool(_git("status"',
+        'else not bool(_git("status"',
+        _RECORD,
+    ),
+    Mutant(
+        "another share of the data held out",
+        "app/data.py",
+        "hold_out(corpus.shards, config.holdout)",
+        "hold_out(corpus.shards, 0.1)",
+        "test_app_data.py::test_the_end_of_the_data_is_held_out_in_the_share_that_is_asked_for",
+    ),
+    Mutant(
+        "the last token of a shard never predicted",
+        "app/data.py",
+        "random.integers(slack + 1)",
+        "random.integers(slack or 1)",
+        "test_app_data.py::test_every_pass_is_cut_elsewhere_so_that_no_token_is_left_out_for_good",
+    ),
+    Mutant(
+        "a best rate at the lower end not marked",
+        "app/compare.py",
+        "in (tried[0], tried[-1])",
+        "== tried[-1]",
+        "test_app_compare.py::test_a_best_rate_at_either_end_of_those_tried_is_marked",
+    ),
+    Mutant(
+        "evaluated in another precision than trained",
+        "app/trainer.py",
+        "            with self._autocast():\n                batch_loss",
+        "            if True:\n                batch_loss",
+        "test_app_training.py::test_precisions",
     ),
 ]
