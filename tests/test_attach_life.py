@@ -152,6 +152,19 @@ def test_a_mode_that_cannot_serve_a_parameter_is_refused_with_the_reason():
         assert reason in repr(handle)
 
 
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_a_weight_are_still_called_with_its_gradient(register):
+    layer, x = nn.Linear(60, 50, bias=False), torch.randn(7, 60)
+    seen = []
+    getattr(layer.weight, register)(lambda p: seen.append((p if register == "register_hook" else p.grad).clone()))
+    _, opt = make(layer)
+    opt.attach(layer)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None
+    (gradient,) = seen
+    assert torch.allclose(gradient, x.sum(dim=0).expand(50, 60), atol=1e-5)
+
+
 def test_the_table_names_every_parameter_its_shape_mode_and_reason():
     model, opt = make()
     lines = repr(opt.attach(model)).splitlines()

@@ -124,6 +124,13 @@ MUTANTS = [
         "test_optimizer.py::test_groups_of_equal_shapes_keep_their_own_options",
     ),
     Mutant(
+        "groups that share a batch of small algebra share a beta",
+        "solver.py",
+        "(one.stored.s.shape[-1], one.stored.s.device, beta)",
+        "(one.stored.s.shape[-1], one.stored.s.device)",
+        "test_optimizer.py::test_groups_of_equal_shapes_keep_their_own_options",
+    ),
+    Mutant(
         "the scaler's scale left in the raw gradient",
         "authors.py",
         "return G if member.factor is None else G * member.factor",
