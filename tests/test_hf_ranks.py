@@ -1,6 +1,7 @@
 """Two processes (gloo, DDP): replicas agree with each other and with one process."""
 
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import torch
 pytest.importorskip("transformers")
 
 from hf_case import arguments, logged, make, trainer_of
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "hf" / "accelerate_loop.py"
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +54,12 @@ def test_two_processes_train_alike_and_as_one_does(pair, attach, tmp_path):
         alone.train()
         # The same eight rows a step, summed in another order.
         assert found[:5] == pytest.approx(logged(alone)[:5], rel=1e-3)
+
+
+def test_the_accelerate_loop_exchanges_sketches_and_trains_as_one_process_does(pair):
+    # The last batch of each step is the second process's: 10 steps of 2 x 4 micro-batches.
+    (_, sent), (losses, same) = (found["example"] for found in pair)
+    alone = runpy.run_path(str(EXAMPLE))["main"](steps=10, micro_batches=8)
+    assert losses == pytest.approx(alone, rel=1e-3)
+    assert losses[-1] < 0.8 * losses[0]
+    assert sent == same > 0
