@@ -111,12 +111,14 @@ def test_adamw_groups_equal_torch_adamw():
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_batches_of_equal_shapes_equal_single_matrices(solver):
-    steps = [gradients((8, 6), 5, seed=s) for s in range(3)]
-    together, alone = ([weight(8, 6, seed=s) for s in range(3)] for _ in range(2))
-    run(MoFaSGD(together, rank=2, solver=solver, **F64), together, list(zip(*steps, strict=True)))
+def test_matrices_that_step_together_equal_single_ones(solver):
+    # Two of one shape, and one of another: of equal rank, they share the small algebra.
+    shapes, options = [(8, 6), (8, 6), (5, 9)], {"rank": 2, "complement": 1.0, "solver": solver, **F64}
+    steps = [gradients(shape, 5, seed=s) for s, shape in enumerate(shapes)]
+    together, alone = ([weight(*shape, seed=s) for s, shape in enumerate(shapes)] for _ in range(2))
+    run(MoFaSGD(together, **options), together, list(zip(*steps, strict=True)))
     for p, grads in zip(alone, steps, strict=True):
-        run(MoFaSGD([p], rank=2, solver=solver, **F64), [p], grads)
+        run(MoFaSGD([p], **options), [p], grads)
     assert all((p - q).abs().max() <= 1e-12 for p, q in zip(together, alone, strict=True))
 
 
