@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from documents import Loss, paragraphs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import mofasgd
 from mofasgd import MoFaSGD, param_groups
 from mofasgd.dist.shards import whole
 
@@ -83,6 +85,18 @@ def train(model, opt, steps, rank=None, *, first=0, called=None, micro=2, loss=l
         norms.append(opt.grad_norm().item())
         called.zero_grad()
     return norms
+
+
+def documented(rank, number, steps, **wrappers):
+    """Run the lines number `number` of docs/distributed.md, then `steps` steps with what they have made."""
+    model = net()
+    model.layers = [model.up, model.down]
+    names = {"mofasgd": mofasgd, "model": model, **wrappers}
+    (tokens,) = batches(99, 1)
+    own = tokens if rank is None else tokens[2 * rank : 2 * rank + 2]
+    names["loss"] = Loss(names, lambda called: loss_of(called, own))
+    exec(paragraphs("distributed.md")[number], names)
+    return outcome(model, names["opt"], train(model, names["opt"], steps, rank, called=names["model"]))
 
 
 def state_of(opt):

@@ -6,7 +6,7 @@ import gc
 from contextlib import nullcontext
 
 import torch
-from dist_case import WIDTH, loss_of, net, optimizer, outcome, train
+from dist_case import WIDTH, documented, loss_of, net, optimizer, outcome, train
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -244,5 +244,6 @@ CASES = {
     "orders": orders,
     "a root's own parameter": a_root_s_own_parameter,
     "all attached": all_attached,
+    "documented": functools.partial(documented, number=0, steps=2, DistributedDataParallel=DDP),
     "unfrozen without a batch": unfrozen_without_a_batch,
 }

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from attached import windows
-from dist_case import net, optimizer, outcome, train
+from dist_case import documented, net, optimizer, outcome, train
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -193,5 +193,6 @@ CASES = {
     "swapped": swapped,
     "resumed": resumed,
     "refusals": refusals,
+    "documented": functools.partial(documented, number=1, steps=2, fully_shard=fully_shard),
     "evaluated": evaluated,
 }

@@ -1,6 +1,7 @@
 """One of two processes of tests/test_hf_ranks.py: trains under DDP, writes what came out."""
 
 import gc
+import runpy
 import sys
 from pathlib import Path
 
@@ -27,4 +28,21 @@ for attach in ("auto", "none"):
     gc.collect()
     mofasgd.attach.detach(model)
     found[attach] = (weights, norms, again, model.state_dict(), sent)
+
+
+made = []
+
+
+class Kept(mofasgd.MoFaSGD):
+    """The optimizer that the example makes."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        made.append(self)
+
+
+mofasgd.MoFaSGD = Kept
+example = Path(__file__).parents[1] / "examples" / "hf" / "accelerate_loop.py"
+losses = runpy.run_path(str(example))["main"](steps=10)
+found["example"] = (losses, made[0].traffic.bytes)
 torch.save(found, path / f"rank{args.process_index}.pt")

@@ -152,6 +152,37 @@ def test_a_mode_that_cannot_serve_a_parameter_is_refused_with_the_reason():
         assert reason in repr(handle)
 
 
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_a_weight_are_still_called_with_its_gradient(register):
+    layer, x = nn.Linear(60, 50, bias=False), torch.randn(7, 60)
+    seen = []
+    getattr(layer.weight, register)(lambda p: seen.append((p if register == "register_hook" else p.grad).clone()))
+    _, opt = make(layer)
+    opt.attach(layer)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None
+    (gradient,) = seen
+    assert torch.allclose(gradient, x.sum(dim=0).expand(50, 60), atol=1e-5)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_zero_grad_leaves_zeros_if_it_is_asked_to(attached):
+    model, opt = make()
+    if attached:
+        opt.attach(model)
+    before = copy.deepcopy(model.state_dict())
+    gpt_loss(model, torch.randint(0, VOCABULARY, (2, 17))).backward()
+    grads = {p: p.grad for p in model.parameters() if p.grad is not None}
+    assert grads
+    assert (len(grads) < len(list(model.parameters()))) is attached
+    opt.zero_grad(set_to_none=False)
+    assert all(p.grad is grads.get(p) for p in model.parameters())
+    assert not any(grad.any() for grad in grads.values())
+    # What attached layers have sketched is dropped all the same.
+    opt.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_the_table_names_every_parameter_its_shape_mode_and_reason():
     model, opt = make()
     lines = repr(opt.attach(model)).splitlines()

@@ -5,7 +5,7 @@ import functools
 import dist_ddp_cases as cases
 import pytest
 import torch
-from dist_case import Outcome, alone, distance, net
+from dist_case import Outcome, alone, distance, documented, net
 from dist_pair import run_pair
 
 # Against the distance moved in STEPS steps. float32: the same sums in another order, 4e-6 seen. bfloat16: every rank
@@ -44,6 +44,12 @@ def check(found, expected, dtype=torch.float32):
 def test_two_replicas_are_one_process_with_both_batches(pair, engine, dtype):
     kind = cases.DTYPES[dtype]
     check(agreed(pair, f"{engine} {dtype}"), alone(kind, cases.STEPS), kind)
+
+
+def test_the_lines_of_the_document_train_replicas(pair):
+    found = agreed(pair, "documented")
+    assert found.bytes > 0
+    check(found, documented(None, 0, 2, DistributedDataParallel=lambda model: model))
 
 
 @pytest.mark.parametrize("name", ["clipped", "clipped under ddp"])

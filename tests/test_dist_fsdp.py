@@ -5,7 +5,7 @@ import functools
 import dist_fsdp_cases as cases
 import pytest
 import torch
-from dist_case import Outcome, alone, distance, net
+from dist_case import Outcome, alone, distance, documented, net
 from dist_pair import run_pair
 
 # Against the distance moved in STEPS steps. float32: the same sums in another order, 4e-6 seen. bfloat16 weights: each
@@ -49,6 +49,12 @@ def check(found, expected, dtype=torch.float32, start=torch.float32):
 def test_sharded_training_is_one_process_with_both_batches(pair, mode, dtype):
     kind = cases.DTYPES[dtype]
     check(agreed(pair, f"{mode} {dtype}"), alone(kind, cases.STEPS), kind, kind)
+
+
+def test_the_lines_of_the_document_train_shards(pair):
+    found = agreed(pair, "documented")
+    assert found.bytes > 0
+    check(found, documented(None, 1, 2, fully_shard=lambda module: module))
 
 
 @pytest.mark.parametrize("mode", ["dense", "auto"])

@@ -14,14 +14,18 @@ from torch import nn
 from mofasgd import MoFaSGD, algebra, momentum, param_groups
 from mofasgd.paper import AuthorsMFSGD
 
+# With float64 factors "auto" is "svd": what most train with is asked for by name.
+SOLVERS = ("svd", "gram")
+
 
 @pytest.mark.parametrize("shape", [(12, 9), (9, 12), (10, 10), (5, 4)])
 @pytest.mark.parametrize("complement", [0.0, 1.5])
-def test_ten_steps_equal_the_dense_algorithm(shape, complement):
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_ten_steps_equal_the_dense_algorithm(shape, complement, solver):
     W = weight(*shape)
     scale = max(1, shape[0] / shape[1]) ** 0.5
     reference = DenseMoFaSGD(W.detach().numpy(), rank=3, lr=0.1, decay=0.3, c=complement, scale=scale)
-    opt = MoFaSGD([W], lr=0.1, rank=3, weight_decay=0.3, complement=complement, **F64)
+    opt = MoFaSGD([W], lr=0.1, rank=3, weight_decay=0.3, complement=complement, solver=solver, **F64)
     for G in gradients(shape, 10):
         norm = reference.norm(G)
         reference.step(G)
@@ -53,23 +57,27 @@ def test_spectral_scale_is_the_root_of_out_over_in(transposed, expected):
 
 @pytest.mark.parametrize("q", [1, 3])
 @pytest.mark.parametrize("complement", [0.0, 2.0])
-def test_match_rms_scale_makes_the_update_as_large_as_adamws(q, complement):
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_match_rms_scale_makes_the_update_as_large_as_adamws(q, complement, solver):
     rng = np.random.default_rng(2)
-    G = rng.standard_normal((20, q)) @ rng.standard_normal((q, 16))
-    if complement:
-        G += 0.1 * rng.standard_normal((20, 16))
     W = weight(20, 16)
-    before = W.detach().clone()
-    opt = MoFaSGD([W], lr=0.5, rank=3, lr_scale="match_rms_adamw", complement=complement, **F64)
-    run(opt, [W], [G])
-    assert (before - W.detach()).square().mean().sqrt().item() == pytest.approx(0.2 * 0.5, rel=1e-6)
+    opt = MoFaSGD([W], lr=0.5, rank=3, lr_scale="match_rms_adamw", complement=complement, solver=solver, **F64)
+    # The start, and a momentum that has been updated.
+    for _ in range(2):
+        G = rng.standard_normal((20, q)) @ rng.standard_normal((q, 16))
+        if complement:
+            G += 0.1 * rng.standard_normal((20, 16))
+        before = W.detach().clone()
+        run(opt, [W], [G])
+        assert (before - W.detach()).square().mean().sqrt().item() == pytest.approx(0.2 * 0.5, rel=1e-6)
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e9])
-def test_one_factor_clips_factored_and_adamw_parameters_together(max_norm):
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_one_factor_clips_factored_and_adamw_parameters_together(max_norm, solver):
     W, b = weight(9, 7), weight(7, seed=3)
     groups = [{"params": [W]}, {"params": [b], "algorithm": "adamw", "lr": 0.01}]
-    opt = MoFaSGD(groups, lr=0.1, rank=2, max_grad_norm=max_norm, lr_scale="none", **F64)
+    opt = MoFaSGD(groups, lr=0.1, rank=2, max_grad_norm=max_norm, lr_scale="none", solver=solver, **F64)
     reference = DenseMoFaSGD(W.detach().numpy(), rank=2, lr=0.1)
     twin = nn.Parameter(b.detach().clone())
     adamw = torch.optim.AdamW([twin], lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
@@ -102,20 +110,24 @@ def test_adamw_groups_equal_torch_adamw():
     assert all((p - q).abs().max() <= 1e-6 for p, q in zip(mine, theirs, strict=True))
 
 
-def test_batches_of_equal_shapes_equal_single_matrices():
-    steps = [gradients((8, 6), 5, seed=s) for s in range(3)]
-    together, alone = ([weight(8, 6, seed=s) for s in range(3)] for _ in range(2))
-    run(MoFaSGD(together, rank=2, **F64), together, list(zip(*steps, strict=True)))
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_matrices_that_step_together_equal_single_ones(solver):
+    # Two of one shape, and one of another: of equal rank, they share the small algebra.
+    shapes, options = [(8, 6), (8, 6), (5, 9)], {"rank": 2, "complement": 1.0, "solver": solver, **F64}
+    steps = [gradients(shape, 5, seed=s) for s, shape in enumerate(shapes)]
+    together, alone = ([weight(*shape, seed=s) for s, shape in enumerate(shapes)] for _ in range(2))
+    run(MoFaSGD(together, **options), together, list(zip(*steps, strict=True)))
     for p, grads in zip(alone, steps, strict=True):
-        run(MoFaSGD([p], rank=2, **F64), [p], grads)
+        run(MoFaSGD([p], **options), [p], grads)
     assert all((p - q).abs().max() <= 1e-12 for p, q in zip(together, alone, strict=True))
 
 
-def test_stack_and_flatten_layouts_equal_the_matrices_they_stand_for():
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_stack_and_flatten_layouts_equal_the_matrices_they_stand_for(solver):
     grads = gradients((4, 8, 6), 5)
     stack, matrices = weight(4, 8, 6), [nn.Parameter(w) for w in weight(4, 8, 6).detach()]
-    opt = MoFaSGD([stack], rank=2, complement=1.0, lr_scale="match_rms_adamw", **F64)
-    twin = MoFaSGD(matrices, rank=2, complement=1.0, lr_scale="match_rms_adamw", **F64)
+    opt = MoFaSGD([stack], rank=2, complement=1.0, lr_scale="match_rms_adamw", solver=solver, **F64)
+    twin = MoFaSGD(matrices, rank=2, complement=1.0, lr_scale="match_rms_adamw", solver=solver, **F64)
     run(opt, [stack], grads)
     run(twin, matrices, [tuple(g) for g in grads])
     assert all((stack[i] - w).abs().max() <= 1e-12 for i, w in enumerate(matrices))
@@ -125,8 +137,8 @@ def test_stack_and_flatten_layouts_equal_the_matrices_they_stand_for():
     conv = nn.Parameter(weight(8, 4, 3, 2).detach().to(memory_format=torch.channels_last))
     flat = nn.Parameter(conv.detach().reshape(8, 24))
     grads = gradients((8, 4, 3, 2), 5)
-    run(MoFaSGD([conv], rank=2, **F64), [conv], grads)
-    run(MoFaSGD([flat], rank=2, **F64), [flat], [g.reshape(8, 24) for g in grads])
+    run(MoFaSGD([conv], rank=2, solver=solver, **F64), [conv], grads)
+    run(MoFaSGD([flat], rank=2, solver=solver, **F64), [flat], [g.reshape(8, 24) for g in grads])
     assert (conv.reshape(8, 24) - flat).abs().max() <= 1e-12
 
 
@@ -188,11 +200,16 @@ def test_reciprocal_update_divides_by_clipped_singular_values():
     assert np.abs((before - W.detach()).numpy() - (U[:, :4] * h) @ Vh[:4]).max() <= 1e-12
 
 
-def test_gradscaler_scales_back_and_skips_overflows():
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_gradscaler_scales_back_and_skips_overflows(solver):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
     W, twin, b, btwin = weight(9, 7), weight(9, 7), weight(7), weight(7)
-    opt = MoFaSGD([{"params": [W]}, {"params": [b], "algorithm": "adamw"}], rank=2, max_grad_norm=1.0, **F64)
-    plain = MoFaSGD([{"params": [twin]}, {"params": [btwin], "algorithm": "adamw"}], rank=2, max_grad_norm=1.0, **F64)
+    opt = MoFaSGD(
+        [{"params": [W]}, {"params": [b], "algorithm": "adamw"}], rank=2, max_grad_norm=1.0, solver=solver, **F64
+    )
+    plain = MoFaSGD(
+        [{"params": [twin]}, {"params": [btwin], "algorithm": "adamw"}], rank=2, max_grad_norm=1.0, solver=solver, **F64
+    )
     scaler.scale(torch.zeros(()))
     for i, (G, g) in enumerate(zip(gradients((9, 7), 5), gradients((7,), 5), strict=True)):
         scale = scaler.get_scale()
@@ -230,30 +247,35 @@ def test_copies_and_pickles_go_on_as_the_original(duplicate):
     assert other.max_grad_norm == 0.5
 
 
-def test_the_plain_polar_step_is_the_direction_of_the_paper():
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_plain_polar_step_is_the_direction_of_the_paper(solver):
     W = weight(9, 7)
-    opt = MoFaSGD([W], lr=0.5, rank=3, lr_scale="none", **F64)
+    opt = MoFaSGD([W], lr=0.5, rank=3, lr_scale="none", solver=solver, **F64)
     for G in gradients((9, 7), 3):
         before = W.detach().clone()
         run(opt, [W], [G])
         assert (before - 0.5 * momentum.direction(*opt.factors(W)) - W).abs().max() <= 1e-12
 
 
-def test_groups_of_equal_shapes_keep_their_own_options():
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_groups_of_equal_shapes_keep_their_own_options(solver):
     params, twins = ([weight(9, 7, seed=s) for s in range(2)] for _ in range(2))
     options = [{"beta": 0.5, "lr": 0.1}, {"beta": 0.9, "lr": 0.2}]
-    opt = MoFaSGD([{"params": [p], **o} for p, o in zip(params, options, strict=True)], rank=2, **F64)
+    opt = MoFaSGD([{"params": [p], **o} for p, o in zip(params, options, strict=True)], rank=2, solver=solver, **F64)
     run(opt, params, list(zip(gradients((9, 7), 5), gradients((9, 7), 5, seed=2), strict=True)))
     for i, (twin, o) in enumerate(zip(twins, options, strict=True)):
-        run(MoFaSGD([twin], rank=2, **o, **F64), [twin], gradients((9, 7), 5, seed=1 + i))
+        run(MoFaSGD([twin], rank=2, **o, solver=solver, **F64), [twin], gradients((9, 7), 5, seed=1 + i))
         assert (params[i] - twin).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("complement", [0.0, 1.0])
-def test_a_half_started_stack_is_measured_and_moved_as_its_matrices_are(complement):
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_half_started_stack_is_measured_and_moved_as_its_matrices_are(complement, solver):
     W = weight(3, 9, 7)
     matrices = [nn.Parameter(w.clone()) for w in W.detach()]
-    opt, twin = (MoFaSGD(p, rank=3, complement=complement, max_grad_norm=2.0, **F64) for p in ([W], matrices))
+    opt, twin = (
+        MoFaSGD(p, rank=3, complement=complement, max_grad_norm=2.0, solver=solver, **F64) for p in ([W], matrices)
+    )
     rng = np.random.default_rng(0)
     for idle in ([1], [1], [2], [0, 1], []):
         G = rng.standard_normal((3, 9, 7))
@@ -341,10 +363,11 @@ def test_a_step_reads_nothing_back_once_no_matrix_is_pending(dtype, monkeypatch)
 
 
 @pytest.mark.parametrize("lr_scale", ["none", "spectral", "match_rms_adamw"])
-def test_a_transposed_weight_trains_as_its_twin(lr_scale):
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_transposed_weight_trains_as_its_twin(lr_scale, solver):
     W = weight(12, 5)
     twin = nn.Parameter(W.detach().mT.clone())
-    options = {"lr_scale": lr_scale, "complement": 1.0, "rank": 2, "weight_decay": 0.1, **F64}
+    options = {"lr_scale": lr_scale, "complement": 1.0, "rank": 2, "weight_decay": 0.1, "solver": solver, **F64}
     grads = gradients((12, 5), 5)
     run(MoFaSGD([W], **options), [W], grads)
     run(MoFaSGD([{"params": [twin], "transposed": True}], **options), [twin], [G.T.copy() for G in grads])

@@ -210,6 +210,37 @@ def test_hard_gradients_leave_the_factors_orthonormal(shape, rank):
             assert (Q.mT @ Q - eye).abs().max() <= 1e-5
 
 
+def test_equal_singular_values_do_not_rise_by_rounding():
+    # float64 shows the last digit of what the algebra has found; of a start, and of later steps.
+    W = torch.nn.Parameter(torch.zeros(8, 120, 100, device=DEVICE, dtype=DOUBLE))
+    opt = MoFaSGD([W], lr=0.01, rank=6, solver="gram", state_dtype=DOUBLE)
+    G = frame(8, 120, 6) @ frame(8, 100, 6).mT / 3
+    for total in (1.0, 1.95, 2.8525):
+        W.grad = G.to(DEVICE)
+        opt.step()
+        s = opt.factors(W).s
+        assert (s - total / 3).abs().max() <= 1e-6
+        assert (s[:, :-1] >= s[:, 1:]).all()
+
+
+@pytest.mark.parametrize("kind", ["random", "nearly inside"])
+@pytest.mark.parametrize("solver", ["svd", "gram"])
+def test_what_the_complement_leaves_out_is_spanned_by_orthonormal_columns(solver, kind):
+    # "nearly inside": of the sketches little is left outside the factors' spaces, still more than rounding.
+    U, s, V, G = (t.float().to(DEVICE) for t in case(kind, 60, 50, 4))
+    sketches = sketch(G, U, V)
+    batch = problem(solver, Factors(U, s, V), *sketches, 0.9)
+    measure([batch])
+    spaces = batch.spaces(torch.linalg.matrix_norm(G.double()))
+    eye = torch.eye(8, device=DEVICE)
+    for Q, old, new in zip(spaces, (U, V), sketches, strict=True):
+        assert (Q.mT @ Q - eye).abs().max() <= 1e-5
+        for part in (old, new):
+            assert (
+                torch.linalg.matrix_norm(part - Q @ (Q.mT @ part)).max() <= 1e-5 * torch.linalg.matrix_norm(part).max()
+            )
+
+
 @pytest.mark.parametrize(("shape", "rank"), [((256, 256), 32), ((128, 512), 128)])
 def test_constant_gradients_between_random_ones_keep_the_factors_orthonormal(shape, rank):
     # All columns of the sketches are parallel.

@@ -144,6 +144,17 @@ def test_materialize_makes_all_state_and_changes_no_training():
     assert same(model, opt, other, twin)
 
 
+def test_frozen_parameters_have_no_state():
+    model, opt = make()
+    frozen = [model[0].weight, model[1].weight]
+    for param in frozen:
+        param.requires_grad_(False)
+    opt.materialize()
+    train(model, opt, range(2))
+    assert {p for p, s in opt.state.items() if s} == {p for p in model.parameters() if p.requires_grad}
+    assert len(opt.state_dict()["state"]) == len(list(model.parameters())) - 2
+
+
 def damaged(saved, kind):
     state, groups = saved["state"], saved["param_groups"]
     if kind == "rank":
@@ -160,8 +171,8 @@ def damaged(saved, kind):
         groups[0]["beta"] = 7.0
     elif kind == "no rank":
         del groups[0]["rank"]
-    elif kind == "cast":
-        state[0] = {k: v.bfloat16() if k in "UsV" else v for k, v in state[0].items()}
+    elif kind in ("bfloat16", "float16"):
+        state[0] = {k: v.to(getattr(torch, kind)) if k in "UsV" else v for k, v in state[0].items()}
     elif kind == "fresh sgd":
         fresh = torch.optim.SGD(make()[0].parameters(), lr=0.1).state_dict()
         return {**fresh, "param_groups": [{"params": g["params"]} for g in groups]}
@@ -181,7 +192,8 @@ def damaged(saved, kind):
         ("object", "'s' of parameter 0"),
         ("beta", "beta=7.0 should be"),
         ("no rank", "lacks its key 'rank'"),
-        ("cast", "is torch.bfloat16: something cast it"),
+        ("bfloat16", "is torch.bfloat16: something cast it"),
+        ("float16", "is torch.float16: something cast it"),
         ("fresh sgd", "saved by another optimizer"),
     ],
 )

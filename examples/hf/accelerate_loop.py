@@ -1,7 +1,7 @@
 """Accelerate without a Trainer: a tiny random Llama learns to count. Runs on a CPU in seconds.
 
-python examples/hf/accelerate_loop.py              gradients are sketched and never kept
-accelerate launch examples/hf/accelerate_loop.py   several processes: full gradients, averaged by DDP
+python examples/hf/accelerate_loop.py              one process
+accelerate launch examples/hf/accelerate_loop.py   several (DDP): ranks exchange sketches in place of gradients
 """
 
 import argparse
@@ -20,18 +20,19 @@ def main(steps: int = 40, micro_batches: int = 4) -> list[float]:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes))
-    starts = torch.randint(0, VOCABULARY, (8 * micro_batches * steps, 1))
-    rows = (starts + torch.arange(16)) % VOCABULARY
 
     # torchrun without a GPU: gloo, which accelerate takes when it is told.
     cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=cpu, gradient_accumulation_steps=micro_batches)
+    # Processes take batches in turn.
+    starts = torch.randint(0, VOCABULARY, (8 * micro_batches * steps * accelerator.num_processes, 1))
+    rows = (starts + torch.arange(16)) % VOCABULARY
     groups = mofasgd.param_groups(model, rank=8, lr=0.02, adamw_lr=3e-3)
     # Clipping belongs here: accelerator.clip_grad_norm_ would see AdamW's gradients only.
     opt = mofasgd.MoFaSGD(groups, max_grad_norm=1.0)
-    if accelerator.num_processes == 1:
-        opt.attach(model)
-    # Attached first: what is prepared may be a wrapper. `opt` stays the real optimizer.
+    # Before prepare, which wraps the model in DDP: factored parameters have no gradient for it to wait for.
+    opt.attach(model)
+    # `opt` stays the real optimizer.
     model, optimizer, data = accelerator.prepare(model, opt, torch.utils.data.DataLoader(rows, batch_size=8))
 
     losses = []

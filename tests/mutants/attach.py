@@ -277,4 +277,11 @@ MUTANTS = [
         "            self._arrangement = Arrangement(owned, self.state, self._pending)\n",
         "test_attach_failures.py::test_a_refused_step_uses_up_no_sketch",
     ),
+    Mutant(
+        "a weight with a hook on its accumulated gradient is sketched",
+        "attach/plan.py",
+        "if param._backward_hooks or others:",
+        "if param._backward_hooks:",
+        "test_attach_life.py::test_hooks_on_a_weight_are_still_called_with_its_gradient",
+    ),
 ]

@@ -124,6 +124,13 @@ MUTANTS = [
         "test_optimizer.py::test_groups_of_equal_shapes_keep_their_own_options",
     ),
     Mutant(
+        "groups that share a batch of small algebra share a beta",
+        "solver.py",
+        "(one.stored.s.shape[-1], one.stored.s.device, beta)",
+        "(one.stored.s.shape[-1], one.stored.s.device)",
+        "test_optimizer.py::test_groups_of_equal_shapes_keep_their_own_options",
+    ),
+    Mutant(
         "the scaler's scale left in the raw gradient",
         "authors.py",
         "return G if member.factor is None else G * member.factor",
@@ -227,5 +234,26 @@ MUTANTS = [
         'group["nonfinite_steps"] = count',
         "pass",
         "test_dist_checkpoint.py::test_the_count_of_skipped_steps_is_kept",
+    ),
+    Mutant(
+        "frozen parameters get state",
+        "base.py",
+        "if (p.requires_grad or p.grad is not None) and not self.state[p]]",
+        "if not self.state[p]]",
+        "test_state.py::test_frozen_parameters_have_no_state",
+    ),
+    Mutant(
+        "the complement's new directions are projected once",
+        "complement.py",
+        "for _ in range(2):",
+        "for _ in range(1):",
+        "test_solver.py::test_what_the_complement_leaves_out_is_spanned_by_orthonormal_columns",
+    ),
+    Mutant(
+        "zeros that were asked for become None",
+        "base.py",
+        "super().zero_grad(set_to_none)",
+        "super().zero_grad()",
+        "test_attach_life.py::test_zero_grad_leaves_zeros_if_it_is_asked_to",
     ),
 ]

@@ -116,14 +116,11 @@ def _gram_cut(rank: int) -> Cut:
     return Cut(32, 32 if wide == 16 else min(64, wide), 0, 4)
 
 
-def gram(U: Tensor, S: Tensor, out: Tensor, cut: Cut | None = None) -> None:
-    """Put [U S]' [U S] into `out` (B, 2r, 2r), float64, contiguous, from float32 (B, m, r) each.
-
-    `cut` is for measurements.
-    """
+def gram(U: Tensor, S: Tensor, out: Tensor) -> None:
+    """Put [U S]' [U S] into `out` (B, 2r, 2r), float64, contiguous, from float32 (B, m, r) each."""
     U, S = U.contiguous(), S.contiguous()
     batch, m, rank = U.shape
-    M, T, _, warps = cut or _gram_cut(rank)
+    M, T, _, warps = _gram_cut(rank)
     both = 2 * rank <= T
     across = 1 if both else 2 * triton.cdiv(rank, T)
     chunks = max(1, min(triton.cdiv(m, 256), triton.cdiv(512, across**2 * batch)))
@@ -171,13 +168,7 @@ def combine(U: Tensor, S: Tensor, weights: Tensor, active: Tensor) -> Tensor:
 
 
 def advance(
-    U: Tensor,
-    S: Tensor,
-    weights: Tensor,
-    active: Tensor,
-    scale: Tensor | None = None,
-    other: Tensor | None = None,
-    cut: Cut | None = None,
+    U: Tensor, S: Tensor, weights: Tensor, active: Tensor, scale: Tensor | None = None, other: Tensor | None = None
 ) -> None:
     """Put [U S] W (B, m, r) in place of U, float32, contiguous, where `active` (B,).
 
@@ -186,7 +177,6 @@ def advance(
         scale: (B, r) float32, or None.
         other: if given, the result times `scale`, (B, m, r), or without `scale` its transpose, (B, r, m), is put here
             in its dtype; zeros where not active.
-        cut: for measurements.
     """
     assert U.is_contiguous()
-    _launch(U, S, weights, U, active, cut or _whole_cut(U.shape[-1]), scale, other)
+    _launch(U, S, weights, U, active, _whole_cut(U.shape[-1]), scale, other)

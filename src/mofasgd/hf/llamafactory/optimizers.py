@@ -26,7 +26,7 @@ _HEADS = ("lm_head", "output_projection", "embed_out")
 
 
 def attach_mode(plan: Plan, args: Any) -> str:
-    """Return the mode of `MoFaSGD.attach`, or "none", which several processes need."""
+    """Return the mode of `MoFaSGD.attach`, or "none"; left out, one process attaches and several do not."""
     if plan.attach is not None:
         return plan.attach
     return "auto" if args.world_size == 1 else "none"
