@@ -20,7 +20,7 @@ from mofasgd.app.compare import compare
 from mofasgd.app.config import CompareConfig, OptimizerConfig
 from mofasgd.app.display import Display
 from mofasgd.app.errors import Diverged, Lost, Stopped
-from mofasgd.app.pretrain import pretrain
+from mofasgd.app.pretrain import _train_here, pretrain
 from mofasgd.app.run import train
 from mofasgd.app.signals import catch_signals
 from mofasgd.app.trainer import Trainer
@@ -326,6 +326,19 @@ def test_gpus_starts_the_ranks_and_tells_of_a_killed_one(tmp_path, launch):
     found = re.match(pattern + r"mofasgd pretrain --config \S*config.yaml --resume true\n", error)
     assert found, error
     assert checkpoint.load(tmp_path / "run" / "checkpoints")["step"] == int(found[1])
+
+
+def test_a_rank_that_has_lost_another_leaves_the_launcher_time_to_find_it(tmp_path, monkeypatch):
+    def lose(*arguments):
+        raise Lost("another rank is gone")
+
+    waited = []
+    monkeypatch.setattr("mofasgd.app.pretrain.train", lose)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    with pytest.raises(SystemExit):
+        _train_here(tiny(tmp_path), tells_of_loss=False)
+    # torch's launcher looks ten times a second.
+    assert sum(waited) > 5
 
 
 def test_a_second_signal_acts_at_once():

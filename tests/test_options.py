@@ -1,5 +1,8 @@
 """Every option, group and mistake: what is refused, with the value and the fix, and what is accepted."""
 
+import io
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -116,3 +119,52 @@ def test_more_mistakes_raise(make, kind, message):
 def test_numbers_of_numpy_are_numbers():
     opt = MoFaSGD([weight(9, 7)], lr=np.float32(0.1), rank=np.int64(2))
     assert opt.factors(opt.param_groups[0]["params"][0]).s.shape == (2,)
+
+
+def test_a_parameter_listed_twice_is_refused():
+    W = weight(6, 5)
+    with pytest.warns(UserWarning, match="duplicate"), pytest.raises(ValueError, match=r"parameter 1 .* twice"):
+        MoFaSGD([W, W], rank=2)
+
+
+def test_numbers_of_numpy_become_pythons():
+    W = weight(6, 5, dtype=torch.bfloat16)
+    opt = MoFaSGD([W], lr=np.float64(0.1), rank=np.int64(2), beta=np.float32(0.5), seed=np.int32(5))
+    opt.add_param_group({"params": [weight(3)], "algorithm": "adamw", "betas": (np.float64(0.5), np.float32(0.75))})
+    run(opt, [W], gradients((6, 5), 2))
+    saved = io.BytesIO()
+    torch.save(opt.state_dict(), saved)
+    saved.seek(0)
+    groups = torch.load(saved, weights_only=True)["param_groups"]
+    assert [groups[0][key] for key in ("lr", "rank", "beta")] == [0.1, 2, 0.5]
+    assert groups[1]["betas"] == (0.5, 0.75)
+
+
+def test_a_group_that_warns_where_warnings_are_errors_is_not_added():
+    opt = MoFaSGD([weight(6, 5)], rank=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="rank is lowered"):
+            opt.add_param_group({"params": [weight(3, 5)]})
+    assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda group, W: group.update(lr_scale="bogus"), "lr_scale='bogus' is unknown"),
+        (lambda group, W: group.update(update="reciprocal"), "lacks its key 'eta1'"),
+        (lambda group, W: group.update(algorithm="adamw"), "lacks its key 'eps'"),
+        (lambda group, W: setattr(W, "data", torch.zeros(7, 5)), "is 7 x 5 but its momentum 6 x 5"),
+    ],
+)
+def test_what_a_running_optimizer_cannot_do_is_refused_before_it_steps(change, message):
+    W = weight(6, 5)
+    opt = MoFaSGD([W], rank=2)
+    run(opt, [W], gradients((6, 5), 2))
+    change(opt.param_groups[0], W)
+    W.grad = torch.ones_like(W)
+    before = W.detach().clone()
+    with pytest.raises(ValueError, match=message):
+        opt.step()
+    assert torch.equal(W, before)

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from common import gradients, run, weight
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -266,3 +267,21 @@ def test_state_that_is_missing_between_steps_is_made_at_the_next(lost):
     step()
     assert opt.state[b]["step"] == 1
     assert not torch.equal(b, before)
+
+
+def test_state_of_no_parameter_is_refused():
+    W = weight(6, 5)
+    opt = MoFaSGD([W], rank=2)
+    run(opt, [W], gradients((6, 5), 2))
+    saved = opt.state_dict()
+    saved["state"] = {str(key): value for key, value in saved["state"].items()}
+    with pytest.raises(ValueError, match=r"parameters \['0'\], which no saved group has"):
+        MoFaSGD([W], rank=2).load_state_dict(saved)
+
+
+def test_the_count_of_bad_steps_is_what_a_users_hook_makes_of_it():
+    W = weight(6, 5)
+    opt = MoFaSGD([W], rank=2)
+    opt.register_load_state_dict_pre_hook(lambda _, saved: saved | {"nonfinite_steps": 7})
+    opt.load_state_dict(MoFaSGD([W], rank=2).state_dict())
+    assert opt.nonfinite_steps == 7

@@ -83,7 +83,7 @@ class FactoredOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             check_parameters(group)
-        except ValueError:
+        except BaseException:  # a warning may be an error
             self.param_groups.pop()
             raise
         self._pending = None
@@ -355,10 +355,10 @@ class FactoredOptimizer(Optimizer):
             for group in state_dict.get("param_groups", []):
                 if group.get("algorithm") == "mofasgd":
                     self._refuse_full_gradient(group)
-        with restored(self, self.state_dtype):
+        with restored(self, self.state_dtype) as loaded:
             super().load_state_dict(state_dict)
         in_groups = max(group.get("nonfinite_steps", 0) for group in self.param_groups)
-        nonfinite = int(state_dict.get("nonfinite_steps", in_groups))
+        nonfinite = int(loaded.get("nonfinite_steps", in_groups))
         self._met = False
         self._nonfinite = self._reported = nonfinite
         self._pending = None

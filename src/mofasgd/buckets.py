@@ -13,12 +13,15 @@ from torch import Tensor
 from mofasgd.dist.shards import Part, is_sharded, part_of
 from mofasgd.gradient import Gradient
 from mofasgd.layout import MatrixShape
-from mofasgd.options import Group
+from mofasgd.options import Group, check_group
 from mofasgd.rng import ROUNDING, key_of, keys_on
 from mofasgd.state import factored_shape
 
 Owned = tuple[int, Tensor, Group]
 """A parameter: its number in the optimizer, itself, its group."""
+
+_CHECKED = ("algorithm", "rank", "layout", "update", "lr_scale")
+"""Keys of a group whose change makes it be checked again; numbers may change at every step."""
 
 
 class Inventory:
@@ -145,13 +148,16 @@ class Arrangement:
         """Arrange the parameters `owned` by their `states` (those without any are left out).
 
         Raises:
-            ValueError: if a group's rank is no longer that of a parameter's state.
+            ValueError: if a group has a value out of range, or another rank than a parameter's state, or a parameter
+                another shape.
         """
         self.unfactored = [(i, p, group) for i, p, group in owned if group["algorithm"] == "adamw"]
         # The states are held, so that their ids stay theirs.
         self._of = owned, pending, list(states.items())
         self._params = [p for _, p, _ in owned]
         self._groups = list({id(group): group for _, _, group in owned}.values())
+        for group in self._groups:
+            check_group(group)
         self._seen = self._look(states)
         buckets: dict[tuple[Any, ...], list[Member]] = {}
         for index, param, group in owned:
@@ -163,6 +169,11 @@ class Arrangement:
                 raise ValueError(
                     f"parameter {index} has a momentum of rank {state['s'].shape[-1]} but its group now says {rank}: "
                     "the rank of a running optimizer is fixed"
+                )
+            if state["U"].shape[-2] != shape.m or state["V"].shape[-2] != shape.n:
+                raise ValueError(
+                    f"parameter {index} is {shape.m} x {shape.n} but its momentum {state['U'].shape[-2]} x "
+                    f"{state['V'].shape[-2]}: make a new optimizer for weights of another shape"
                 )
             waiting = tuple(pending.get(param, ()))
             alone = index if 0 < len(waiting) < shape.batch else None
@@ -190,7 +201,7 @@ class Arrangement:
             [p.shape for p in params],
             list(map(id, states)),
             list(map(id, states.values())),
-            [(group["algorithm"], group.get("rank"), group.get("layout")) for group in self._groups],
+            [tuple(map(group.get, _CHECKED)) for group in self._groups],
         )
 
 

@@ -126,7 +126,7 @@ class MoFaSGD(FactoredOptimizer):
         vars(self).update(alone())
         self.max_grad_norm = max_grad_norm
         self.state_dtype, self.stochastic_rounding = state_dtype, stochastic_rounding
-        self.solver, self.seed = solver, seed
+        self.solver, self.seed = solver, int(seed)
         self._factored_defaults: Group = {
             "lr": lr,
             "rank": rank,
@@ -188,7 +188,7 @@ class MoFaSGD(FactoredOptimizer):
         arranged = self._check()
         exchanged = self._exchange()
         if self._ranks is not None:
-            # What ranks held otherwise has been replaced.
+            # The exchange may have put rank 0's state in place of this rank's.
             arranged = self._arranged()
         updates = self._observe(gate, arranged, exchanged)
         observe_all([update for update in updates if isinstance(update, Update)])

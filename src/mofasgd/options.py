@@ -161,14 +161,27 @@ def complete(group: Group, factored: Group, adamw: Group) -> Group:
             defaults = RECIPROCAL_DEFAULTS | defaults
     completed = defaults | group | {"algorithm": algorithm}
     check_group(completed)
-    return completed
+    return {key: _plain(value) for key, value in completed.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Return Python's number for one of NumPy's, which torch.load would refuse to read from a checkpoint."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, (bool, Tensor)) else value
 
 
 def check_parameters(group: Group) -> None:
     """Raise ValueError for a parameter of a completed group that its algorithm cannot train; warn of lowered ranks."""
+    before: set[int] = set()
     for position, param in enumerate(group["params"]):
         names = group.get("param_names")
         name = f"parameter {names[position]!r}" if names else f"parameter {position} of its group"
+        if id(param) in before:
+            raise ValueError(f"{name} is in its group twice: list each parameter once")
+        before.add(id(param))
         check_kind(param, name)
         if param.dtype not in _WEIGHT_DTYPES:
             hint = "" if param.dtype.is_floating_point else " (quantized weights: dequantize them, or freeze them)"

@@ -109,6 +109,12 @@ def restore(loaded: Any, groups: list[Group], dtype: torch.dtype) -> dict[Tensor
             f"the saved optimizer has groups of {counts} parameters, this one of {own}: build it from the same "
             "model and options"
         )
+    known = {saved_id for group in saved_groups for saved_id in group["params"]}
+    if strange := [saved_id for saved_id in loaded["state"] if saved_id not in known]:
+        raise ValueError(
+            f"the saved state is of parameters {strange[:3]!r}, which no saved group has: the file is damaged, or its "
+            "numbers have become texts (as in JSON)"
+        )
     result: dict[Tensor, dict[str, Tensor]] = {}
     index = 0
     for saved_group, group in zip(saved_groups, groups, strict=True):
@@ -125,15 +131,18 @@ def restore(loaded: Any, groups: list[Group], dtype: torch.dtype) -> dict[Tensor
 
 
 @contextmanager
-def restored(optimizer: Optimizer, dtype: torch.dtype) -> Iterator[None]:
+def restored(optimizer: Optimizer, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """Check what `optimizer.load_state_dict` is given, and keep floating state in `dtype`.
 
-    torch casts it to the dtype of the weights: bfloat16 factors would be lost factors.
+    torch casts it to the dtype of the weights: bfloat16 factors would be lost factors. Yields a dict that becomes what
+    hooks of the user's have made of the state_dict.
     """
     kept: dict[Tensor, dict[str, Tensor]] = {}
+    seen: dict[str, Any] = {}
 
     def check(_: Optimizer, loaded: dict[str, Any]) -> None:
         kept.update(restore(loaded, optimizer.param_groups, dtype))
+        seen.update(loaded)
 
     def put_back(_: Optimizer) -> None:
         optimizer.state.update(kept)
@@ -144,7 +153,7 @@ def restored(optimizer: Optimizer, dtype: torch.dtype) -> Iterator[None]:
         optimizer.register_load_state_dict_post_hook(put_back, prepend=True),
     ]
     try:
-        yield
+        yield seen
     finally:
         for handle in handles:
             handle.remove()

@@ -200,7 +200,7 @@ MUTANTS = [
         "app/pretrain.py",
         "                time.sleep(_PATIENCE)\n",
         "",
-        "test_app_ranks.py::test_gpus_starts_the_ranks_and_tells_of_a_killed_one",
+        "test_app_ranks.py::test_a_rank_that_has_lost_another_leaves_the_launcher_time_to_find_it",
     ),
     Mutant(
         "the worst validation loss reported as the best",
