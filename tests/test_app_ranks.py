@@ -334,7 +334,7 @@ def test_a_rank_that_has_lost_another_leaves_the_launcher_time_to_find_it(tmp_pa
 
     waited = []
     monkeypatch.setattr("mofasgd.app.pretrain.train", lose)
-    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr("time.sleep", waited.append)
     with pytest.raises(SystemExit):
         _train_here(tiny(tmp_path), tells_of_loss=False)
     # torch's launcher looks ten times a second.
