@@ -123,6 +123,27 @@ def test_matrices_that_step_together_equal_single_ones(solver):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+def test_hard_gradients_change_nothing_for_those_that_step_with_them(solver):
+    # Of equal rank: one batch of small algebra.
+    shapes = [(9, 7), (5, 8), (2, 8, 9), (2, 6, 5)]
+    options = {"rank": 3, "complement": 1.0, "solver": solver, **F64}
+    together, alone = ([weight(*shape) for shape in shapes] for _ in range(2))
+    opt, others = MoFaSGD(together, **options), [MoFaSGD([p], **options) for p in alone]
+    rng = np.random.default_rng(0)
+    for hard in ("rank one", "rank one", "zero", "not finite", None):
+        for i in range(len(shapes)):
+            grads = [rng.standard_normal(shape) for shape in shapes]
+            if hard == "rank one":
+                grads[i] = grads[i][..., :1] * grads[i][..., :1, :]
+            elif hard:
+                grads[i][...] = 0.0 if hard == "zero" else np.nan
+            run(opt, together, [tuple(grads)])
+            for other, p, G in zip(others, alone, grads, strict=True):
+                run(other, [p], [G])
+            assert all((p - q).abs().max() <= 1e-9 for p, q in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_stack_and_flatten_layouts_equal_the_matrices_they_stand_for(solver):
     grads = gradients((4, 8, 6), 5)
     stack, matrices = weight(4, 8, 6), [nn.Parameter(w) for w in weight(4, 8, 6).detach()]

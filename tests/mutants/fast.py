@@ -291,4 +291,11 @@ MUTANTS = [
         "found = R.diagonal(dim1=-2, dim2=-1)",
         "test_solver.py::test_equal_singular_values_do_not_rise_by_rounding",
     ),
+    Mutant(
+        "a shape's flags are those of the first in its batch",
+        "solver.py",
+        "return self.batch.finite[self.part]",
+        "return self.batch.finite[: len(self.stored.s)]",
+        "test_optimizer.py::test_hard_gradients_change_nothing_for_those_that_step_with_them",
+    ),
 ]
