@@ -11,7 +11,7 @@ from mofasgd.apply import Rounding, apply_update
 from mofasgd.complement import normalized_complement, seen_spaces
 from mofasgd.kernels.complement import Tiles, apply_complement, row_squares
 from mofasgd.momentum import sketch
-from mofasgd.residual import residual_factors, row_scales, square_norm
+from mofasgd.residual import complement_square_norm, residual_factors, row_scales
 from mofasgd.rng import ROUNDING, key_of, key_tensor
 
 pytestmark = [
@@ -100,7 +100,7 @@ def test_complement_equals_the_reference(count, slices, m, n, rank, transposed, 
     wanted = expected(Q, P, G, transposed)
     E, scales = complement(split(G, count), Q, P, transposed)
     assert_rows_close(E, wanted, dtype, transposed)
-    torch.testing.assert_close(square_norm(scales), torch.ones(count * slices))
+    torch.testing.assert_close(complement_square_norm(scales), torch.ones(count * slices))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -149,7 +149,7 @@ def test_what_is_inside_the_spaces_is_no_direction(transposed, dtype):
     E, scales = complement(split(G, 5), Q, P, transposed)
     assert not scales.any()
     assert not E.any()
-    assert not square_norm(scales).any()
+    assert not complement_square_norm(scales).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -176,7 +176,9 @@ def test_rows_without_a_direction_among_others(transposed, dtype):
     E, scales = complement(split(G, 1), Q, P, transposed)
     assert torch.equal(scales[0] == 0, out)
     assert_rows_close(E, wanted, dtype, transposed)
-    torch.testing.assert_close(square_norm(scales), wanted.square().sum(dim=(1, 2)).float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        complement_square_norm(scales), wanted.square().sum(dim=(1, 2)).float(), rtol=1e-6, atol=0
+    )
 
 
 def test_factors_of_a_residual_fit_into_float16():

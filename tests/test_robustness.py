@@ -1,4 +1,4 @@
-"""DESIGN section 1's rules for the gradients of real training: none, zero, rank-deficient, huge, not finite."""
+"""The rules of `MoFaSGD.step` for the gradients of real training: none, zero, rank-deficient, huge, not finite."""
 
 from contextlib import nullcontext
 

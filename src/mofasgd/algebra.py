@@ -275,8 +275,8 @@ def _leading_space(core: Tensor, rank: int) -> Tensor:
     H = core.mT @ core
     fourth = H @ H
     Y = _kept_filling(core.shape[-1], core.shape[-1], rank, core.device)
-    # The power at most doubles from one product to the next: columns that are sorted by then keep the small
-    # directions apart from what the product makes of the large ones.
+    # The power grows by a factor of two at most from one product to the next: otherwise what rounding leaves of the
+    # large directions would swamp the small ones.
     for power in (core, core.mT, H, *[fourth] * _ITERATIONS):
         Y = orthonormal(power @ Y, twice=False)[0]
     return Y

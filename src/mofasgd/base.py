@@ -246,7 +246,7 @@ class FactoredOptimizer(Optimizer):
     def _replicated(self) -> list[Tensor]:
         """Return the state and, attached, the weights that are to be alike on all ranks, in an order alike as well."""
         whole = [] if self._handle is None else self._handle.whole()
-        # Without a handle, what is not sharded is the user's own affair.
+        # Not attached, replicated weights are kept alike by DDP or by the user.
         params = [p for _, p, _ in self._parameters() if self._handle is not None or is_sharded(p)]
         entries = [self.state[p][key] for p in params for key in sorted(self.state.get(p, {}))]
         return whole + [entry for entry in entries if not is_sharded(entry)]

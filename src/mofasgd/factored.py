@@ -25,8 +25,7 @@ from mofasgd.kernels import usable
 from mofasgd.layout import MatrixShape, as_matrices
 from mofasgd.momentum import Factors, moving
 from mofasgd.options import Group, number
-from mofasgd.residual import residual_factors, row_scales
-from mofasgd.residual import square_norm as row_norm
+from mofasgd.residual import complement_square_norm, residual_factors, row_scales
 from mofasgd.solver import ExactProblem, GramProblem, Products, measure, problem, replace_in, store
 
 
@@ -67,7 +66,7 @@ class Context:
 
 
 def lr_factor(group: Group, shape: MatrixShape, square_norm: Tensor | None) -> float | Tensor:
-    """Return the factor of lr for weights of `shape` (`lr_scale`, DESIGN section 2).
+    """Return the factor of lr for weights of `shape` (`lr_scale`).
 
     Args:
         group: with `lr_scale` and `transposed`.
@@ -309,7 +308,7 @@ class Update:
             Q, P = (space.contiguous() for space in spaces)
             residual = residual_factors(gradients, Q, P, self.sizes)
             scales = row_scales(gradients, residual, transposed=transposed) * c
-            square_norm = None if square_norm is None else square_norm + c * c * row_norm(scales)
+            square_norm = None if square_norm is None else square_norm + c * c * complement_square_norm(scales)
         rates, keep = self._rates(active, lr_factor(self.group, self.shape, square_norm))
         keep = self.bucket.ones(rates) if keep is None else keep
         keys = self.bucket.rounding_keys(self.context.seed)

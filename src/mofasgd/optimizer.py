@@ -176,7 +176,8 @@ class MoFaSGD(FactoredOptimizer):
         found_inf: Tensor | int | None = getattr(self, "found_inf", None)
         if self._handle is not None and not (grad_scale is None and found_inf is None):
             # GradScaler takes them back after a step only; a later one without it would read them.
-            vars(self).pop("grad_scale", None), vars(self).pop("found_inf", None)
+            for left in ("grad_scale", "found_inf"):
+                vars(self).pop(left, None)
             raise ValueError("GradScaler cannot unscale sketches of an attached model: use bfloat16, or detach()")
         loss = None
         if closure is not None:

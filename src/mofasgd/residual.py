@@ -8,7 +8,7 @@ Equals `mofasgd.complement.normalized_complement`, and with `kernels.complement`
 
 All of it is in units of a power of two at |G|_F, which bounds T and, but for a factor below 2, H.
 
-Between the last two the caller makes `scales` of a and his rate, for which `lr_scale` may need `square_norm`.
+Between the last two the caller makes `scales` of a and his rate, for which `lr_scale` may need `complement_square_norm`.
 
 What is left of a row may be a thousandth of it, so the rounding of what is taken away counts:
 
@@ -127,6 +127,6 @@ def row_scales(gradients: Sequence[Tensor | None], residual: Residual, *, transp
     return scales_of(squares, terms if residual.left.dtype is torch.float16 else None, floor, NOISE)
 
 
-def square_norm(scales: Tensor) -> Tensor:
+def complement_square_norm(scales: Tensor) -> Tensor:
     """Return |E|_F^2, (B,), from `row_scales`: the share of rows that are a direction."""
     return (scales != 0).to(scales.dtype).mean(dim=-1)

@@ -20,7 +20,7 @@ class Attached:
     """Base of the mixins. A copy or pickle of the module is of its own class and without the mixin's attributes."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Keep what a base of the user's does with new subclasses, such as registering them, from these."""
+        """Skip what a base class of the user's does with subclasses, such as registering them."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Return what rebuilds the module as if it had never been attached."""

@@ -1,4 +1,4 @@
-"""What is done about a model and refused of accelerate's setups, wherever the optimizer comes from."""
+"""Checks of the model and of accelerate's configuration that factory and callback share."""
 
 from __future__ import annotations
 

@@ -181,8 +181,8 @@ def _by_blocks(gram: Tensor, least: float, unit: bool) -> tuple[Tensor, Tensor]:
 def independent_columns(gram: Tensor, dependent: float, twice: bool = True) -> tuple[Tensor, Tensor]:
     """Return (R, N) (B, k, k) of finite Gram matrices (B, k, k), float64.
 
-    `dependent` is the part of a column's square at or below which what those before it leave of it is nothing. Without
-    the second time, A N is orthonormal to the rounding of A'A over the smallest such part, some 1e-5.
+    A column depends on those before it if they leave at most `dependent` of its square. Without the second time, A N
+    is orthonormal to the rounding of A'A divided by that, some 1e-5.
     """
     batch, k, _ = gram.shape
     gram = gram.contiguous()
