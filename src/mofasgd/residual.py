@@ -8,7 +8,8 @@ Equals `mofasgd.complement.normalized_complement`, and with `kernels.complement`
 
 All of it is in units of a power of two at |G|_F, which bounds T and, but for a factor below 2, H.
 
-Between the last two the caller makes `scales` of a and his rate, for which `lr_scale` may need `complement_square_norm`.
+Between the last two the caller makes `scales` of a and the rate, for which `lr_scale` may need
+`complement_square_norm`.
 
 What is left of a row may be a thousandth of it, so the rounding of what is taken away counts:
 
