@@ -30,7 +30,7 @@ from mofasgd.app.tune.config import GlueConfig, MethodConfig
 from mofasgd.app.tune.grid import Grid, Spec
 from mofasgd.app.tune.methods import kwargs_for_trainer, resolve
 from mofasgd.app.tune.metrics import scores
-from mofasgd.app.tune.models import load_model, load_tokenizer, prepare
+from mofasgd.app.tune.models import check_room, load_model, load_tokenizer, prepare
 from mofasgd.app.tune.recording import MemoryProfile
 from mofasgd.app.tune.rows import Skipped
 from mofasgd.app.tune.tasks import TASKS, encode, fingerprint, load, names
@@ -117,6 +117,8 @@ def execute(run: Run) -> dict[str, Any]:
     settings, tokenizer, finite = resolve(run.method), load_tokenizer(run.config.model), _Finite()
     train_rows, validation_rows, counts = _rows(run, tokenizer)
     trainer = _trainer(run, settings, tokenizer, train_rows)
+    longest = max(len(row["input_ids"]) for row in (*train_rows, *validation_rows))
+    check_room(trainer.model, longest, "context", run.config.context)
     trainer.add_callback(finite)
     args = trainer.args
     if args.device.type == "cuda":
