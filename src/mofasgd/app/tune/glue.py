@@ -200,12 +200,26 @@ def grid(config: GlueConfig, found: list[Spec]) -> Grid:
     )
 
 
+def check_data(config: GlueConfig, task: str, tokenizer: Any, found: list[dict[str, Any]]) -> None:
+    """Raise ValueError for rows that cannot be read, or that are not those of the results `found`."""
+    if not found:
+        load(config.data, task, Skipped())
+        return
+    _, _, counts = _rows(Run(config, task, config, config.seeds[0]), tokenizer)
+    for run in found:
+        if run["data"] != counts["data"]:
+            raise ValueError(
+                f"the rows of {task} in data={config.data} are not those of {run['label']!r} in "
+                f"{config.out / 'results.json'} (their checksum differs): put them back, or name another --out"
+            )
+
+
 def glue(config: GlueConfig) -> None:
     """Make the runs of `config` that are missing and show the table."""
     found = specs(config)
     with locked(config.out, "out"):
         # A model or data that cannot be had is an error before the first run.
-        load_tokenizer(config.model)
+        tokenizer, table = load_tokenizer(config.model), grid(config, found)
         for task in names(config.task):
-            load(config.data, task, Skipped())
-        grid(config, found).run(execute)
+            check_data(config, task, tokenizer, table.found(task))
+        table.run(execute)
