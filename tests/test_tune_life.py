@@ -66,11 +66,14 @@ def test_an_interrupted_examination_costs_no_training(tmp_path, model, monkeypat
     keys = {"method": method, "lr": 0.05, "cooldown": 0.0, "steps": 3, "samples": 1, "max_new_tokens": 2}
     whole = config(tmp_path, model, out=tmp_path / "whole", **keys)
     expected = run_quietly(whole)
-    calls, real = [], Session.loss
+    calls, real, out = [], Session.loss, tmp_path / "run"
 
     def loss(self):
         calls.append(0)
         if len(calls) == 2:  # the first is before training
+            # Even a kill would cost nothing now.
+            there = bool(list(out.glob("*/*model.safetensors")))
+            assert ("trained" in record(out), there) == (saved, saved)
             if end is None:
                 raise KeyError("no such token")
             os.kill(os.getpid(), end)
@@ -80,7 +83,6 @@ def test_an_interrupted_examination_costs_no_training(tmp_path, model, monkeypat
         patch.setattr(Session, "loss", loss)
         with pytest.raises(Stopped, match=rf"{told}.*: the trained model is in \S+\. Go on with: {AGAIN}"):
             run_quietly(config(tmp_path, model, save_model=saved, **keys))
-    out = tmp_path / "run"
     assert (out / "model").exists() == (saved and method == "adamw")
     with pytest.raises(ValueError, match="holds a run already"):
         run_quietly(config(tmp_path, model, **keys))

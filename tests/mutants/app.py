@@ -201,4 +201,11 @@ MUTANTS = [
         "",
         "test_app_ranks.py::test_gpus_starts_the_ranks_and_tells_of_a_killed_one",
     ),
+    Mutant(
+        "old results as those of other data",
+        "app/compare.py",
+        "    check_data_of(config, found, results.path)\n",
+        "",
+        "test_app_compare.py::test_all_runs_have_the_same_data",
+    ),
 ]
