@@ -85,11 +85,11 @@ class Session:
             trainer.add_callback(MemoryProfile(config.profile_memory, config.out, config.method))
         return trainer
 
-    def _new_record(self, earlier: dict[str, Any]) -> dict[str, Any]:
+    def _new_record(self, known: dict[str, Any]) -> dict[str, Any]:
         """Return the content of run.json; a resumed run keeps its id and what was measured before training.
 
         Args:
-            earlier: that content in the run to be resumed; {} for a new run.
+            known: that content in the run to be resumed; {} for a new run.
 
         Raises:
             ValueError: if the run to be resumed is another one.
@@ -99,23 +99,23 @@ class Session:
         # Without influence on the weights, but what is measured before and after has to be of the same rows.
         own["data.validation"] = fingerprint(self.validation)
         for key, value in own.items():
-            if earlier and earlier["identity"].get(key) != value:
+            if known and known["identity"].get(key) != value:
                 raise ValueError(
-                    f"{key}={value!r} was {earlier['identity'].get(key)!r} in the run to be resumed: put it back, or "
+                    f"{key}={value!r} was {known['identity'].get(key)!r} in the run to be resumed: put it back, or "
                     "start another run with another --out"
                 )
-        trained = earlier.get("trained")
+        trained = known.get("trained")
         there = trained is not None and (config.out / trained["folder"]).is_dir()
         return {
-            "id": earlier.get("id", uuid.uuid4().hex[:16]),
+            "id": known.get("id", uuid.uuid4().hex[:16]),
             "config": plain(config),
             "identity": own,
             "settings": self.settings,
             "data": {"training_rows": len(self.train_rows), "validation_rows": len(self.validation)}
             | {"training_tokens": sum(len(e.input_ids) for e in self.train_rows), "skipped": dict(self.skipped.counts)},
             "model": sizes(self.trainer.model),
-            "before": earlier.get("before"),
-            "sessions": [*earlier.get("sessions", []), environment(self.trainer.args.device)],
+            "before": known.get("before"),
+            "sessions": [*known.get("sessions", []), environment(self.trainer.args.device)],
         } | ({"trained": trained} if there else {})
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -283,7 +283,7 @@ class Session:
         """Return what ends a run whose last step is taken, when the trained model is on the disk."""
         if "trained" not in self.record:
             self._store()
-        reason = f"{error or 'interrupted'} after the last step"
+        reason = f"{str(error) or 'interrupted'} after the last step"
         if isinstance(error, Exception):
             reason = f"the trained model could not be examined ({type(error).__name__}: {str(error).strip()[:200]})"
         if isinstance(error, RuntimeError) and out_of_memory(error):
