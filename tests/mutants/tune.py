@@ -182,7 +182,7 @@ MUTANTS = [
         "app/tune/finetune.py",
         'own["data.validation"] = fingerprint(self.validation)',
         "pass",
-        "test_tune_life.py::test_other_validation_rows_are_refused",
+        "test_tune_life.py::test_a_resume_refuses_other_validation_rows_and_says_where_it_begins",
     ),
     Mutant(
         "positions of the padding counted",

@@ -74,11 +74,11 @@ def answer_loss(model: Any, examples: Sequence[Example], autocast: Callable[[], 
     return total / count, count
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int] | None:
-    """Return the tokens that end an answer: a chat's end of turn may be the model's or the tokenizer's. None: none."""
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end an answer: a chat's end of turn may be the model's or the tokenizer's."""
     own = model.generation_config.eos_token_id
     found = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
-    return sorted(token for token in found if token is not None) or None
+    return sorted(token for token in found if token is not None)
 
 
 def write(
