@@ -4,7 +4,7 @@ torchrun --standalone --nproc-per-node 2 benchmarks/distributed_step.py --out do
 torchrun --standalone --nproc-per-node 2 benchmarks/distributed_step.py --backend gloo --models gpt --out ...
 torchrun --standalone --nproc-per-node 2 benchmarks/distributed_step.py --tiny --device cpu --out /tmp/tiny.json
 
-Models: the 0.12 B GPT of `mofasgd.app.model` (blocks factored, embedding and head with AdamW) and a Llama of 3.2 B
+Models: the 0.11 B GPT of `mofasgd.app.model` (blocks factored, embedding and head with AdamW) and a Llama of 3.2 B
 parameters (shapes of Llama-3.2-3B, random, tied embedding factored as well), in bfloat16; rank 32. Every rank has its
 own batch, so the work per rank is the same for any number of ranks. Runs are appended to the file: one process and
 several, NCCL and gloo (a slow link: it stages GPU tensors through the host) stand side by side.

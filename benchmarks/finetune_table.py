@@ -19,7 +19,8 @@ from mofasgd.app.errors import Diverged
 from mofasgd.app.files import read_json
 from mofasgd.app.tune.config import FinetuneConfig, MethodConfig, RowsConfig
 from mofasgd.app.tune.encode import Example, load
-from mofasgd.app.tune.finetune import identity, train
+from mofasgd.app.tune.finetune import train
+from mofasgd.app.tune.folder import identity
 from mofasgd.app.tune.grid import Grid, Spec
 from mofasgd.app.tune.methods import resolve
 from mofasgd.app.tune.rows import Skipped

@@ -7,7 +7,7 @@ import math
 import pytest
 from app_common import metrics, run_quietly, tiny
 
-from mofasgd.app.compare import compare
+from mofasgd.app.compare import check_same_data, compare
 from mofasgd.app.config import CompareConfig, OptimizerConfig, PretrainConfig
 from mofasgd.app.errors import Stopped
 from mofasgd.app.identity import digest
@@ -104,14 +104,37 @@ def test_a_second_call_keeps_what_is_there_and_other_settings_are_refused(tmp_pa
     assert ours["validation_loss"] == run_quietly(alone)["validation_loss"]
 
 
-def test_all_runs_have_the_same_data(tmp_path):
+def test_all_runs_have_the_same_data(tmp_path, monkeypatch):
+    import mofasgd.app.compare as module
+
     config = comparison(tmp_path, seeds=[0])
     compare(config)
-    text = tmp_path / "text.txt"
-    text.write_bytes(text.read_bytes()[:-20])
-    config.methods["Muon"] = OptimizerConfig(name="muon")
-    with pytest.raises(ValueError, match="the data changed between the runs of 'wild' and 'Muon'"):
-        compare(config)
+    results, text = tmp_path / "out" / "results.json", tmp_path / "text.txt"
+    before = results.read_text()
+    monkeypatch.setattr(module, "train", lambda *_: pytest.fail("a run was made, or repeated"))
+    # The same content at another place is the same data; other content in another file is not, nor is no file.
+    moved = text.rename(tmp_path / "moved.txt")
+    config.base.data.train = [str(moved)]
+    compare(config)
+    assert json.loads(results.read_text())["rows"] == json.loads(before)["rows"]
+    before = results.read_text()
+    other = tmp_path / "other.txt"
+    other.write_bytes(moved.read_bytes()[:-20])
+    for methods in (config.methods, config.methods | {"Muon": OptimizerConfig(name="muon")}):
+        for name, message in (("other", "the data is not that of 'ours r4' in .*results.json"), ("no", "no such file")):
+            changed = dataclasses.replace(config, methods=methods)
+            changed.base = dataclasses.replace(config.base)
+            changed.base.data = dataclasses.replace(config.base.data, train=[str(tmp_path / f"{name}.txt")])
+            with pytest.raises(ValueError, match=message):
+                compare(changed)
+    assert results.read_text() == before
+
+
+def test_data_that_changes_between_the_runs_is_seen():
+    runs = [{"label": label, "data": {"sha256": label[0]}} for label in ("a", "a2", "b")]
+    check_same_data(runs[:2])
+    with pytest.raises(ValueError, match="the data changed between the runs of 'a2' and 'b'"):
+        check_same_data(runs)
 
 
 def test_labels_that_look_alike_have_folders_of_their_own(tmp_path):

@@ -288,3 +288,24 @@ def test_the_table_has_a_line_a_label_and_the_mean_of_the_columns():
 def test_other_data_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the data of t changed"):
         grid(tmp_path).run(lambda run: {**fake(run), "data": run[1]})
+
+
+def test_a_second_call_notices_other_rows(tmp_path, model):
+    data = folder_of(tmp_path / "data")
+    method = {"method": "adamw", "lr": 0.01}
+    config = GlueConfig(model=str(model), data=str(data), out=tmp_path / "out", device="cpu", steps=1, **method)
+    glue(config)
+    before = (tmp_path / "out" / "results.json").read_text()
+    rows = data / "rte" / "dev_heldout.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(ValueError, match=r"the rows of rte in data=.* are not those of 'adamw' in .*results\.json"):
+        glue(config)
+    assert (tmp_path / "out" / "results.json").read_text() == before
+
+
+def test_rows_without_a_position_are_refused(tmp_path, model):
+    folder_of(tmp_path)
+    write_rows(tmp_path / "rte" / "dev_heldout.jsonl", [{"s1": "a" * 70, "s2": "b", "label": 0}])
+    config = GlueConfig(model=str(model), data=str(tmp_path), out=tmp_path, steps=1, device="cpu")
+    with pytest.raises(ValueError, match=r"a row has 71 tokens, .* table of 64 positions: lower context=128 to 64"):
+        execute(GlueRun(config, "rte", MethodConfig(method="adamw"), 0))

@@ -272,4 +272,11 @@ MUTANTS = [
         "            if True:\n                batch_loss",
         "test_app_training.py::test_precisions",
     ),
+    Mutant(
+        "old results as those of other data",
+        "app/compare.py",
+        "    check_data_of(config, found, results.path)\n",
+        "",
+        "test_app_compare.py::test_all_runs_have_the_same_data",
+    ),
 ]

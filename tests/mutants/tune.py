@@ -7,6 +7,8 @@ _LEARNS = "test_tune_finetune.py::test_it_learns_and_saves_what_it_reports[mofas
 _BATCH = "test_tune_finetune.py::test_answers_do_not_depend_on_the_batch"
 _SPEED = "test_tune_finetune.py::test_the_speed_leaves_evaluations_and_the_first_log_interval_out"
 _DECAY = "test_tune_methods.py::test_decay_is_decoupled_and_of_all_that_has_two_dimensions"
+_EXAMINED = "test_tune_life.py::test_an_interrupted_examination_costs_no_training"
+_DISK = "test_tune_life.py::test_a_full_disk_is_one_line_and_no_step_is_taken_twice"
 
 MUTANTS = [
     Mutant(
@@ -218,5 +220,66 @@ MUTANTS = [
         "self._write(step, self.evaluate())\n            self.clock.skip()",
         "self._write(step, self.evaluate())",
         _SPEED,
+        "examined before it is on the disk",
+        "app/tune/finetune.py",
+        "            if config.save_model:\n                self._store()\n        if caught",
+        "        if caught",
+        _EXAMINED,
+    ),
+    Mutant(
+        "the weights of before training are examined",
+        "app/tune/store.py",
+        "model.load_adapter(str(folder), model.active_adapter, is_trainable=True)",
+        "pass",
+        _EXAMINED,
+    ),
+    Mutant(
+        "a step after the last",
+        "app/tune/finetune.py",
+        "if self.checkpoint and step == self._steps():",
+        "if False:",
+        _DISK,
+    ),
+    Mutant(
+        "half a checkpoint stays",
+        "app/tune/tuner.py",
+        "shutil.rmtree(folder, ignore_errors=True)",
+        "pass",
+        _DISK,
+    ),
+    Mutant(
+        "the optimizer is made after the examination",
+        "app/tune/finetune.py",
+        "        self.trainer.create_optimizer()\n",
+        "",
+        "test_tune_life.py::test_what_is_refused_late_leaves_the_folder_free",
+    ),
+    Mutant(
+        "before of some rows, after of others",
+        "app/tune/finetune.py",
+        'own["data.validation"] = fingerprint(self.validation)',
+        "pass",
+        "test_tune_life.py::test_a_resume_refuses_other_validation_rows_and_says_where_it_begins",
+    ),
+    Mutant(
+        "positions of the padding counted",
+        "app/tune/models.py",
+        "module.num_embeddings - begin",
+        "module.num_embeddings",
+        "test_tune_life.py::test_the_room_is_what_the_model_takes[Roberta-22-20]",
+    ),
+    Mutant(
+        "answers beyond the positions",
+        "app/tune/answers.py",
+        "max_new_tokens if limit is None else min(max_new_tokens, limit - len(e.prompt))",
+        "max_new_tokens",
+        "test_tune_life.py::test_answers_end_where_the_positions_do",
+    ),
+    Mutant(
+        "old results as those of other rows",
+        "app/tune/glue.py",
+        "check_data(config, task, tokenizer, table.found(task))",
+        "pass",
+        "test_tune_glue.py::test_a_second_call_notices_other_rows",
     ),
 ]

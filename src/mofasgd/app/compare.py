@@ -6,15 +6,17 @@ import dataclasses
 import hashlib
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from mofasgd.app.apart import sweep
 from mofasgd.app.baselines import resolve
 from mofasgd.app.config import CompareConfig, PretrainConfig
+from mofasgd.app.data import load
 from mofasgd.app.display import Display
 from mofasgd.app.errors import Diverged, Stopped
 from mofasgd.app.files import locked, read_json, write_json
@@ -133,6 +135,19 @@ def check_same_data(runs: Iterable[dict[str, Any]]) -> None:
         raise ValueError(f"the data changed between the runs of {first!r} and {second!r}: name another --out")
 
 
+def check_data_of(config: CompareConfig, runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """Raise ValueError if the data is not that of the results `runs` in `path`: names are no part of their settings."""
+    if not runs:
+        return
+    corpus, _ = load(config.base.data)
+    for run in runs:
+        if run["data"]["sha256"] != corpus.fingerprint:
+            raise ValueError(
+                f"the data is not that of {run['label']!r} in {path} (its checksum differs): put it back, or name "
+                "another --out"
+            )
+
+
 def _sweep(jobs: list[Job], results: Results, workers: int) -> None:
     """Run `jobs` and keep their results; raise Stopped if any failed, after the others have finished."""
 
@@ -164,6 +179,7 @@ def _measure(config: CompareConfig, results: Results) -> list[dict[str, Any]]:
     first, *others = config.seeds
     grid = {label: [_job(config, label, lr, first) for lr in _rates(config, label)] for label in config.methods}
     found = results.of(chain(*grid.values()))
+    check_data_of(config, found, results.path)
     if found:
         Display().note(f"{results.path} has {len(found)} of these runs already: delete the folder to repeat them")
     _sweep([job for job in chain(*grid.values()) if results.find(job) is None], results, config.jobs)

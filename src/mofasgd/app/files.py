@@ -24,18 +24,18 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
             out.flush()
             os.fsync(out.fileno())
         part.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise OSError(f"{path} could not be written ({error.strerror or error})") from error
     finally:
         part.unlink(missing_ok=True)
 
 
-def _sync(folder: Path) -> None:
-    """Make a rename survive a power cut, where folders can be opened."""
+def sync(path: Path) -> None:
+    """Make a file, or the renames in a folder, survive a power cut, where folders can be opened."""
     if os.name != "posix":
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -38,3 +38,22 @@ def catch_signals(apart: float = 0.0) -> Iterator[list[str]]:
         yield caught
     finally:
         restore()
+
+
+@contextmanager
+def raise_at_signals() -> Iterator[None]:
+    """Raise KeyboardInterrupt with the signal's name where SIGINT or SIGTERM comes; a second signal acts as ever."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        restore()
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        restore()

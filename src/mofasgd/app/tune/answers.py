@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mofasgd.app.tune.encode import IGNORED, Example
+from mofasgd.app.tune.models import room
+
+Row = TypeVar("Row")
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
@@ -31,7 +34,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was)
 
 
-def batches(examples: Sequence[Example], length: Callable[[Example], int], tokens: int) -> Iterator[list[int]]:
+def batches(examples: Sequence[Row], length: Callable[[Row], int], tokens: int) -> Iterator[list[int]]:
     """Yield the numbers of examples of similar length, the longest first, `tokens` with padding at a time."""
     order = sorted(range(len(examples)), key=lambda i: (-length(examples[i]), i))
     while order:
@@ -81,26 +84,40 @@ def _ends(model: Any, tokenizer: Any) -> list[int]:
 def write(
     model: Any, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int, autocast: Callable[[], Any]
 ) -> list[str]:
-    """Return the answers that the model writes, greedily, in the order of `examples`."""
-    device, answers = _device(model), [""] * len(examples)
+    """Return the answers that the model writes, greedily, in the order of `examples`; within its learned positions."""
+    limit, answers = room(model), [""] * len(examples)
+    most = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(e.prompt)) for e in examples]
     with evaluating(model):
-        for numbers in batches(examples, lambda e: len(e.prompt) + max_new_tokens, 4 * _TOKENS):
-            prompts = [examples[i].prompt for i in numbers]
-            ids = _pad(prompts, tokenizer.pad_token_id, device, left=True)
-            mask = _pad([[1] * len(prompt) for prompt in prompts], 0, device, left=True)
-            with autocast():
-                out = model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=_ends(model, tokenizer),
-                )
-            for i, text in zip(
-                numbers, tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True), strict=True
-            ):
-                answers[i] = text.strip()
+        # Together only what may be equally long: no answer depends on the batch.
+        for count in sorted({count for count in most if count > 0}):
+            own = [i for i, value in enumerate(most) if value == count]
+            texts = _write(model, tokenizer, [examples[i].prompt for i in own], count, autocast)
+            for i, text in zip(own, texts, strict=True):
+                answers[i] = text
+    return answers
+
+
+def _write(
+    model: Any, tokenizer: Any, asked: Sequence[list[int]], max_new_tokens: int, autocast: Callable[[], Any]
+) -> list[str]:
+    """Return what the model writes to the prompts `asked`."""
+    device, answers = _device(model), [""] * len(asked)
+    for numbers in batches(asked, lambda prompt: len(prompt) + max_new_tokens, 4 * _TOKENS):
+        prompts = [asked[i] for i in numbers]
+        ids = _pad(prompts, tokenizer.pad_token_id, device, left=True)
+        mask = _pad([[1] * len(prompt) for prompt in prompts], 0, device, left=True)
+        with autocast():
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=_ends(model, tokenizer),
+            )
+        texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        for i, text in zip(numbers, texts, strict=True):
+            answers[i] = text.strip()
     return answers
 
 

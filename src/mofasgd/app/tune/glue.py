@@ -30,7 +30,7 @@ from mofasgd.app.tune.config import GlueConfig, MethodConfig
 from mofasgd.app.tune.grid import Grid, Spec
 from mofasgd.app.tune.methods import kwargs_for_trainer, resolve
 from mofasgd.app.tune.metrics import scores
-from mofasgd.app.tune.models import load_model, load_tokenizer, prepare
+from mofasgd.app.tune.models import check_room, load_model, load_tokenizer, prepare
 from mofasgd.app.tune.recording import MemoryProfile
 from mofasgd.app.tune.rows import Skipped
 from mofasgd.app.tune.tasks import TASKS, encode, fingerprint, load, names
@@ -117,6 +117,8 @@ def execute(run: Run) -> dict[str, Any]:
     settings, tokenizer, finite = resolve(run.method), load_tokenizer(run.config.model), _Finite()
     train_rows, validation_rows, counts = _rows(run, tokenizer)
     trainer = _trainer(run, settings, tokenizer, train_rows)
+    longest = max(len(row["input_ids"]) for row in (*train_rows, *validation_rows))
+    check_room(trainer.model, longest, "context", run.config.context)
     trainer.add_callback(finite)
     args = trainer.args
     if args.device.type == "cuda":
@@ -198,12 +200,26 @@ def grid(config: GlueConfig, found: list[Spec]) -> Grid:
     )
 
 
+def check_data(config: GlueConfig, task: str, tokenizer: Any, found: list[dict[str, Any]]) -> None:
+    """Raise ValueError for rows that cannot be read, or that are not those of the results `found`."""
+    if not found:
+        load(config.data, task, Skipped())
+        return
+    _, _, counts = _rows(Run(config, task, config, config.seeds[0]), tokenizer)
+    for run in found:
+        if run["data"] != counts["data"]:
+            raise ValueError(
+                f"the rows of {task} in data={config.data} are not those of {run['label']!r} in "
+                f"{config.out / 'results.json'} (their checksum differs): put them back, or name another --out"
+            )
+
+
 def glue(config: GlueConfig) -> None:
     """Make the runs of `config` that are missing and show the table."""
     found = specs(config)
     with locked(config.out, "out"):
         # A model or data that cannot be had is an error before the first run.
-        load_tokenizer(config.model)
+        tokenizer, table = load_tokenizer(config.model), grid(config, found)
         for task in names(config.task):
-            load(config.data, task, Skipped())
-        grid(config, found).run(execute)
+            check_data(config, task, tokenizer, table.found(task))
+        table.run(execute)

@@ -132,6 +132,11 @@ class Grid:
     def _results(self, jobs: Sequence[Job]) -> list[Result]:
         return [result for job in jobs if (result := self.find(job)) is not None]
 
+    def found(self, column: str) -> list[Result]:
+        """Return the results with the first seed that are kept of a column."""
+        specs = [spec for spec in self.specs if spec.column == column]
+        return self._results([self.job(spec, lr, self.seeds[0]) for spec in specs for lr in spec.rates])
+
     def run(self, execute: Callable[[Any], Result]) -> list[Result]:
         """Make the runs that are missing; write and show the table; return its cells.
 

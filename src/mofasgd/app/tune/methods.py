@@ -173,7 +173,7 @@ class TableFactory:
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Freeze the parameters whose names match; ValueError for a pattern that matches none."""
+    """Freeze the parameters whose names match; ValueError for a pattern that matches none, or if all match."""
     names = dict(model.named_parameters())
     for pattern in patterns:
         found = fnmatch.filter(names, pattern)
@@ -181,6 +181,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
             raise ValueError(f"freeze={pattern!r} matches no parameter; names are as {next(iter(names))!r}")
         for name in found:
             names[name].requires_grad_(False)
+    if not _trainable(model):
+        raise ValueError(f"freeze={list(patterns)} leaves nothing to train: drop a pattern")
 
 
 def kwargs_for_trainer(args: Any, method: str, settings: Settings) -> dict[str, Any]:

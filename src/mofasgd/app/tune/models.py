@@ -1,8 +1,9 @@
-"""Models and tokenizers: from a name, a folder or a GGUF file; with adapters; to a folder."""
+"""Models and tokenizers: from a name, a folder or a GGUF file; with adapters; and how long their sequences may be."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,20 @@ def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
         except OSError as error:
             raise ValueError(f"data.chat_template={chat_template} cannot be read ({error.strerror})") from error
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        # Whatever it is, the mask hides it. One that text has would be left out of what the model writes.
+        found = [tokenizer.eos_token, tokenizer.bos_token, *_added(tokenizer), tokenizer.unk_token]
+        if not any(found):
+            raise ValueError(
+                f"model={name}: its tokenizer has no special token at all to pad with: name one in the model folder's "
+                'tokenizer_config.json, "pad_token": ...'
+            )
+        tokenizer.pad_token = next(token for token in found if token)
     return tokenizer
+
+
+def _added(tokenizer: Any) -> list[str]:
+    """Return the tokens beside the vocabulary's own that stand for no text."""
+    return [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
 
 
 def load_model(name: str, kind: Any, precision: str, **options: Any) -> nn.Module:
@@ -83,6 +96,35 @@ def load_model(name: str, kind: Any, precision: str, **options: Any) -> nn.Modul
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model: nn.Module = _load(kind, name, "model", dtype=dtype, **options)
     return model
+
+
+def room(model: Any) -> int | None:
+    """Return how many tokens a sequence may have: the rows of a learned table of positions; None if there is none.
+
+    Rotary and relative positions are computed: their models take what is longer than they were trained on.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    rows = []
+    for name, module in model.named_modules():
+        table = isinstance(module, nn.Embedding) and re.search(
+            r"wpe$|pos(ition)?s?_?emb|embed_pos", name.split(".")[-1]
+        )
+        # Some have two rows more than they tell; a table of an image's patches has another number.
+        if table and positions is not None and module.num_embeddings in (positions, positions + 2):
+            # OPT and Bart begin at a row of their own, RoBERTa after that of the padding.
+            begin = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
+            rows.append(min(positions, module.num_embeddings - begin))
+    return min(rows, default=None)
+
+
+def check_room(model: Any, longest: int, key: str, context: int) -> None:
+    """Raise ValueError if a sequence of `longest` tokens, which `key`=`context` lets in, has no position in `model`."""
+    limit = room(model)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"a row has {longest} tokens, but the model has a learned table of {limit} positions: lower {key}="
+            f"{context} to {limit}"
+        )
 
 
 def prepare(model: nn.Module, method: str, settings: Settings, task_type: str) -> nn.Module:
@@ -111,12 +153,3 @@ def prepare(model: nn.Module, method: str, settings: Settings, task_type: str) -
     own = {"r": settings["rank"], "lora_alpha": settings["alpha"], "lora_dropout": 0.0}
     found: nn.Module = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type=task_type, **own))
     return found
-
-
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write the model and its tokenizer into `folder`/model; adapters also, unmerged, into `folder`/adapter."""
-    if hasattr(model, "merge_and_unload"):
-        model.save_pretrained(folder / "adapter")
-        model = model.merge_and_unload()
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")

@@ -13,7 +13,7 @@ from mofasgd.app.files import locked
 from mofasgd.app.tune.config import ProfileConfig
 from mofasgd.app.tune.encode import Example
 from mofasgd.app.tune.methods import resolve
-from mofasgd.app.tune.models import load_tokenizer
+from mofasgd.app.tune.models import check_room, load_tokenizer
 from mofasgd.app.tune.recording import MemoryProfile
 from mofasgd.app.tune.training import begin_run, ready, step_arguments
 from mofasgd.app.tune.tuner import tuner
@@ -47,6 +47,7 @@ def profile(config: ProfileConfig) -> None:
         arguments = step_arguments(config, settings, config.seed, str(config.out / "trainer"))
         args = SFTConfig(**arguments, max_length=None, max_steps=config.steps, logging_strategy="no")
         trainer = tuner(config, args, settings, tokenizer, rows)
+        check_room(trainer.model, config.context, "context", config.context)
         ready(trainer, 0.0, 0.0)
         title = f"{config.method}: {config.batch_size} x {config.context} tokens"
         recorded = MemoryProfile(config.steps, config.out, title)

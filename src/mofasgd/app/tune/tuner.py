@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -14,11 +16,21 @@ from mofasgd.app.tune.config import StepConfig
 from mofasgd.app.tune.encode import Example
 from mofasgd.app.tune.methods import kwargs_for_trainer
 from mofasgd.app.tune.models import load_model, prepare
+from mofasgd.app.tune.store import reported
 from mofasgd.app.tune.training import Scheduled
 
 
 class Tuner(Scheduled, SFTTrainer):
-    """TRL's SFTTrainer with the schedule of `mofasgd pretrain`."""
+    """TRL's SFTTrainer with the schedule of `mofasgd pretrain`, and checkpoints that are whole or not there."""
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            with reported(folder):
+                super()._save_checkpoint(*args, **kwargs)
+        finally:
+            if not (folder / "trainer_state.json").exists():  # the last file that is written
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def tuner(config: StepConfig, args: Any, settings: Settings, tokenizer: Any, rows: Sequence[Example]) -> Tuner:
