@@ -118,7 +118,7 @@ MUTANTS = [
     Mutant(
         "a layer under vmap",
         "attach/sketch.py",
-        "torch._C._are_functorch_transforms_active() or ",
+        "_are_functorch_transforms_active() or ",
         "",
         "test_attach_node.py::test_what_the_node_does_not_know_runs_dense_and_the_net_takes_its_gradient",
     ),
