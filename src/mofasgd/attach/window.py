@@ -129,7 +129,8 @@ class Window:
             # A graph kept from the first window then raises; its sketches would go to probes that nobody reads.
             self.keys.zero_()
             self.keys = None
-        if not self.probed:
+        if not self.probed and self.probes is not None:
+            self.end()
             self.probes = None
         self.probe(self.probed)
         self.clear()
