@@ -97,9 +97,22 @@ def test_a_graph_made_before_a_weight_was_hooked_or_frozen_counts_in_its_window(
     assert (results[0] - results[1]).abs().max() <= 1e-12
 
 
+def test_a_layer_that_ran_before_its_weight_was_frozen_is_not_said_to_have_run_in_vain():
+    model, opt = make("auto")
+    data = torch.Generator().manual_seed(1)
+    loss(model, data)
+    model[0].weight.requires_grad_(False)
+    loss(model, data).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step()
+
+
+@pytest.mark.filterwarnings("ignore:the layer of")
 @pytest.mark.parametrize(
     ("end", "steps", "compiled"),
-    [(end, steps, False) for end in ("detach", "load", "deleted") for steps in (0, 2)] + [("detach", 2, True)],
+    [(end, steps, False) for end in ("detach", "load", "deleted", "released") for steps in (0, 2)]
+    + [("detach", 2, True)],
 )
 def test_backward_through_a_window_that_was_given_up_raises(end, steps, compiled):
     torch.compiler.reset()
@@ -114,12 +127,18 @@ def test_backward_through_a_window_that_was_given_up_raises(end, steps, compiled
         opt.handle.detach()
     elif end == "load":
         opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    elif end == "released":
+        # Nothing has come, so that the step leaves alone what sketches.
+        for weight in model.parameters():
+            weight.register_hook(lambda G: None)
+        loss(model, data)
+        opt.step()
     else:
         del opt
     with pytest.raises(RuntimeError, match="modified by an inplace" if compiled else "run the forward again"):
         value.backward()
     loss(call, data).backward()
-    assert (model[0].weight.grad is None) is (end == "load")
+    assert (model[0].weight.grad is None) is (end in ("load", "released"))
 
 
 def by_grad(value, params):
