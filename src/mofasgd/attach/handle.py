@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mofasgd.attach.plan import Owner, Row, Stacked, plan
+from mofasgd.attach.plan import Owner, Row, Stacked, hookable, plan
 from mofasgd.attach.release import ReleaseHook, StepHook
 from mofasgd.attach.sketch import mixin_for
 from mofasgd.attach.swap import Attached, is_swapped, swap_in, swap_out
@@ -211,7 +211,7 @@ class Handle:
                 swap_in(layer, mixin, _mofasgd_window=window)
         # What was frozen since keeps its gradient until the step, as a `p.grad` would; a graph may still bring more.
         self._windows |= {p: w for p, w in before.items() if p in places and p not in self._windows}
-        self._hookable = [] if self.mode == "release" else list(self._hooks)
+        self._hookable = [] if self.mode == "release" else list(filter(hookable, self._hooks))
         self._nets = [param._post_accumulate_grad_hooks or {} for param in self._hooks]
         self._cast = ((), [])
         swap_in(self._model, Root, _mofasgd_handle=self)
