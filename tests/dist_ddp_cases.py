@@ -3,7 +3,7 @@
 import copy
 import functools
 import gc
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from dist_case import WIDTH, documented, loss_of, net, optimizer, outcome, train
@@ -125,6 +125,22 @@ def unfrozen_without_a_batch(rank):
     return outcome(model, opt, norms + train(model, opt, 1, rank, first=3))
 
 
+def watched_later(rank):
+    """Within a window rank 0 alone hooks a gradient, as reporters do."""
+    model, seen = net(), []
+    opt = optimizer(model)
+    opt.attach(model)
+    hooks = iter([False, rank == 0])
+
+    @contextmanager
+    def before(number):
+        if number == 1 and next(hooks, False):
+            model.up.weight.register_hook(lambda G: seen.append(tuple(G.shape)))
+        yield
+
+    return outcome(model, opt, train(model, opt, STEPS, rank, before=before)), seen
+
+
 def resumed_otherwise(rank):
     """Rank 1 has not loaded what rank 0 has: one matrix has a momentum there only."""
     model = net()
@@ -240,6 +256,7 @@ CASES = {
     "drifted": drifted,
     "drifted under ddp": functools.partial(drifted, wrap=True),
     "added later": added_later,
+    "watched later": watched_later,
     "resumed otherwise": resumed_otherwise,
     "orders": orders,
     "a root's own parameter": a_root_s_own_parameter,

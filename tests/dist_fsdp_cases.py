@@ -167,6 +167,24 @@ def evaluated(rank):
     return outcome(model, opt, train(model, opt, STEPS, rank))
 
 
+def hooked_later(rank):
+    """Within a window rank 0 hooks a gradient, which FSDP never shows, and both hook an accumulated one."""
+    model, seen = sharded(net()), []
+    opt = optimizer(model)
+    opt.attach(model)
+    hooks = iter([False, True])
+
+    @contextmanager
+    def before(number):
+        if number == 1 and next(hooks, False):
+            model.down.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad is not None))
+            if rank == 0:
+                model.up.weight.register_hook(lambda G: seen.append("gradient"))
+        yield
+
+    return outcome(model, opt, train(model, opt, STEPS, rank, before=before)), seen
+
+
 CASES = {
     f"{mode} {name}": functools.partial(trained, mode=mode, dtype=dtype)
     for mode in MODES
@@ -195,4 +213,5 @@ CASES = {
     "refusals": refusals,
     "documented": functools.partial(documented, number=1, steps=2, fully_shard=fully_shard),
     "evaluated": evaluated,
+    "hooked later": hooked_later,
 }

@@ -151,3 +151,10 @@ def test_parameters_leave_ddp_s_buckets_and_the_user_s_list_stays(pair):
 
 def test_a_model_whose_parameters_are_all_attached_needs_no_ddp(pair):
     agreed(pair, "all attached")
+
+
+def test_one_rank_may_watch_a_gradient_from_within_a_window_on(pair):
+    (found, seen), (other, others) = (results["watched later"] for results in pair)
+    assert found.same(other)
+    check(found, alone(torch.float32, cases.STEPS))
+    assert (seen, others) == ([(73, cases.WIDTH)] * 5, [])

@@ -123,6 +123,14 @@ def test_attaching_after_an_evaluation_finds_the_shards(pair):
     check(agreed(pair, "evaluated"), alone(torch.float32, cases.STEPS))
 
 
+def test_hooks_registered_within_a_window_are_called_as_far_as_fsdp_calls_them(pair):
+    (found, seen), (other, others) = both(pair, "hooked later")
+    assert found.same(other)
+    check(found, alone(torch.float32, cases.STEPS))
+    # The second half of the second step, and both halves of the other two.
+    assert seen == others == [True] * 5
+
+
 @pytest.mark.parametrize(
     ("case", "text"),
     [

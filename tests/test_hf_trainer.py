@@ -356,3 +356,14 @@ def test_the_seq2seq_trainer_takes_the_optimizer_as_an_attribute(tmp_path):
     trainer.train()
     assert logged(trainer) == watch.norms
     assert watch.held == set()
+
+
+def test_no_training_leaves_its_limit_to_the_next(tmp_path):
+    limits = Limits()
+    trainer = trainer_of(make("llama"), arguments(tmp_path, max_steps=1), [limits, Halt()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.args.max_grad_norm = 0.25
+    trainer.train()
+    assert limits.used == [0.5, 0.25]
+    assert trainer.optimizer.optimizer.max_grad_norm is None

@@ -1,9 +1,11 @@
 """The keys of the authors' LLaMA-Factory fork and ours, without LLaMA-Factory."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from mofasgd.hf.llamafactory import optimizers
 from mofasgd.hf.llamafactory.keys import AUTHORS, MEMORY, Recording, read
 
 UPSTREAM = {"stage", "learning_rate", "output_dir", "finetuning_type", "galore_rank", "use_muon"}
@@ -104,3 +106,21 @@ def test_keys_without_effect_are_refused(config, message):
 def test_the_guide_names_every_key():
     guide = (Path(__file__).parents[1] / "docs" / "coming-from-the-authors-code.md").read_text()
     assert [key for key in ("use_mfsgd", *AUTHORS, *MEMORY) if f"`{key}`" not in guide] == []
+
+
+@pytest.mark.parametrize("resumed_at", [0, 100])
+def test_memory_is_recorded_over_the_steps_asked_for_in_a_resumed_run_too(resumed_at, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(optimizers, "start_recording", lambda count: seen.append("start"))
+    monkeypatch.setattr(optimizers, "save_recording", lambda path: seen.append("saved"))
+    args = SimpleNamespace(local_process_index=0, output_dir=str(tmp_path))
+    callback = optimizers.MemoryCallback(
+        Recording(early=False, max_entries=7, stop_step=2, stop_accumulation_step=None)
+    )
+    for _ in range(2):
+        callback.on_train_begin(args, None, None)
+        for step in range(4):
+            seen.append("step")
+            callback.on_step_end(args, SimpleNamespace(global_step=resumed_at + step + 1), None)
+        callback.on_train_end(args, None, None)
+    assert seen == ["start", "step", "step", "saved", "step", "step"] * 2

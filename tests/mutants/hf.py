@@ -195,9 +195,9 @@ MUTANTS = [
     Mutant(
         "the limit outlives the training",
         "hf/callback.py",
-        "        opt.max_grad_norm = None\n",
-        "",
-        "test_hf_refusals.py::test_an_optimizer_that_clips_to_another_norm_is_refused",
+        "        opt.max_grad_norm = None\n        _detach(opt)\n",
+        "        _detach(opt)\n",
+        "test_hf_trainer.py::test_no_training_leaves_its_limit_to_the_next",
     ),
     Mutant(
         "infinity is a limit",
@@ -275,5 +275,12 @@ MUTANTS = [
         "        opt.abandon_window()\n",
         "",
         "test_hf_trainer.py::test_a_training_interrupted_between_backward_and_step_goes_on",
+    ),
+    Mutant(
+        "an interrupted train() binds the next one to its limit",
+        "hf/callback.py",
+        "        if isinstance(opt.max_grad_norm, Imposed):\n",
+        "        if False:\n",
+        "test_hf_trainer.py::test_no_training_leaves_its_limit_to_the_next",
     ),
 ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mofasgd.attach.plan import Owner, Row, Stacked, plan
+from mofasgd.attach.plan import Owner, Row, Stacked, hookable, plan
 from mofasgd.attach.release import ReleaseHook, StepHook
 from mofasgd.attach.sketch import mixin_for
 from mofasgd.attach.swap import Attached, is_swapped, swap_in, swap_out
@@ -86,6 +86,9 @@ class Handle:
         self.rows: list[Row] = []
         self._windows: dict[Tensor, Window] = {}
         self._hooks: dict[Tensor, RemovableHandle] = {}
+        # Of the weights with hooks of ours: those whose own hooks decide how they are served, and all hooks after ours.
+        self._hookable: list[Tensor] = []
+        self._nets: list[Mapping[int, Any]] = []
         self._bound: tuple[list[Any], ...] = ()
         self._kept: list[Any] = []
         self._warned: set[str] = set()
@@ -113,8 +116,8 @@ class Handle:
     def bind(self) -> None:
         """Put sketches and hooks on the parameters that the optimizer has now, if they have changed.
 
-        Libraries replace parameters after the optimizer was made (accelerate under FSDP2, `model.to`), or freeze and
-        add some. What the parameters that stay have gathered since the last step stays with them.
+        Libraries replace parameters after the optimizer was made (accelerate under FSDP2, `model.to`), freeze and add
+        some, or hook their gradients. What the parameters that stay have gathered since the last step stays with them.
 
         Raises:
             ValueError: if model and optimizer no longer fit, as in `MoFaSGD.attach`; then nothing has changed.
@@ -160,13 +163,17 @@ class Handle:
 
     def _signature(self, owner: Owner) -> tuple[list[Any], ...]:
         """Return what is compared before every forward; `_kept` keeps the numbers those of the same objects."""
-        params, state = [p for _, p, _ in owner._parameters()], owner.state
+        owned, state = owner._parameters(), owner.state
+        params = [p for _, p, _ in owned]
         return (
-            list(map(id, params)),
+            [id(owned)],
             [p.device for p in params],
             [p.requires_grad for p in params],
             list(map(id, state)),
             list(map(id, state.values())),
+            # Whether there are any: of a weight that has none this is None, and of one that had, another.
+            [p._backward_hooks or None for p in self._hookable],
+            list(map(len, self._nets)),
         )
 
     def _install(self, owner: Owner) -> None:
@@ -185,7 +192,11 @@ class Handle:
             first = FirstWindow(owner.seed, index, shape, rank, owner.state_dtype)
             own, probed = owner.state[row.param], bool(row.layers)
             window = before.get(row.param)
-            if window is None or not window.serves(row.param, own, first, probed):
+            if window is not None and window.serves(row.param, own, first):
+                window.probe(probed)
+            else:
+                if window is not None:
+                    window.end()
                 window = Window(row.name, row.param, own, first, pending.get(row.param, []), probed)
             self._windows[row.param] = window
             hook = StepHook(window, self._step, index, group) if self.stepping else ReleaseHook(window)
@@ -198,9 +209,10 @@ class Handle:
                 mixin = mixin_for(layer)
                 assert mixin is not None
                 swap_in(layer, mixin, _mofasgd_window=window)
-        # What was frozen since keeps its gradient until the step, as a `p.grad` would.
-        left = {p: w for p, w in before.items() if p in places and p not in self._windows and (many() or not w.empty)}
-        self._windows |= left
+        # What was frozen since keeps its gradient until the step, as a `p.grad` would; a graph may still bring more.
+        self._windows |= {p: w for p, w in before.items() if p in places and p not in self._windows}
+        self._hookable = [] if self.mode == "release" else list(filter(hookable, self._hooks))
+        self._nets = [param._post_accumulate_grad_hooks or {} for param in self._hooks]
         self._cast = ((), [])
         swap_in(self._model, Root, _mofasgd_handle=self)
 
@@ -239,10 +251,16 @@ class Handle:
 
     def _restore(self) -> None:
         self._remove()
-        self.clear()
+        self._end_windows()
         if self.replicas is not None:
             self.replicas.restore()
-        self.rows, self._windows, self._bound, self._kept, self._cast = [], {}, (), [], ((), [])
+        self.rows, self._bound, self._kept, self._cast = [], (), [], ((), [])
+        self._hookable, self._nets = [], []
+
+    def _end_windows(self) -> None:
+        for window in self._windows.values():
+            window.end()
+        self._windows = {}
 
     def clear(self) -> None:
         """Forget the sketches of the present window, as `zero_grad` does."""
@@ -256,7 +274,8 @@ class Handle:
 
     def renew(self) -> None:
         """Bind anew, with empty windows: the optimizer's state or groups have been replaced."""
-        self._windows, self._bound = {}, ()
+        self._end_windows()
+        self._bound = ()
         self.bind()
 
     def next_window(self, buckets: Sequence[Stacked]) -> None:
@@ -285,11 +304,12 @@ class Handle:
             window.add(window.param.grad)
         if not window.empty:
             return window
-        if window.ran and window.name not in self._warned:
+        if window.ran and window.name not in self._warned and window.param.requires_grad:
             self._warned.add(window.name)
             warnings.warn(
                 f"the layer of {window.name!r} ran with gradients enabled but none came back before step(): it did "
-                "not move. Evaluate under torch.no_grad(), or see why the loss does not depend on it",
+                "not move. Evaluate under torch.no_grad(), or see why the loss does not depend on it; if gradients "
+                "are taken by torch.autograd.grad or backward(inputs=...), use attach(model, mode='release')",
                 stacklevel=5,
             )
         return None

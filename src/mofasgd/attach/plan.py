@@ -90,6 +90,11 @@ def plan(model: nn.Module, owner: Owner, mode: str, stepping: bool) -> list[Row]
     return [_row(name, p, groups[p], layers.get(p, []), mode, stepping) for p, name in names.items()]
 
 
+def hookable(param: Tensor) -> bool:
+    """Whether hooks of `Tensor.register_hook` are ever called: FSDP2 calls those after accumulation only."""
+    return not is_sharded(param)
+
+
 def _name_of(index: int, param: Tensor, group: Group) -> str:
     names = group.get("param_names")
     place = next(i for i, p in enumerate(group["params"]) if p is param)
@@ -106,7 +111,7 @@ def _row(name: str, param: Tensor, group: Group, layers: list[tuple[str, nn.Modu
     able = [module for path, module in layers if reasons[path] is None]
     refusal = next((reason for reason in reasons.values() if reason), "not the weight of a linear or embedding layer")
     others = [h for h in (param._post_accumulate_grad_hooks or {}).values() if not isinstance(h, ReleaseHook)]
-    if param._backward_hooks or others:
+    if (hookable(param) and param._backward_hooks) or others:
         # They would never be called.
         able, refusal = [], "has hooks on its gradient"
     if able:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active, _get_tracing_state
 from torch.autograd import forward_ad
 
 from mofasgd.attach.swap import Attached, own_class
@@ -78,8 +79,8 @@ class _Node(torch.autograd.Function):
         """Return (x, weight, U, V, keys, whether to sketch), U and V in the dtype of `delta`.
 
         Raises:
-            RuntimeError: if a step has changed U, V or the keys since the forward, or gradients are to be
-                differentiated again.
+            RuntimeError: if U, V or the keys have been changed since the forward, by a step or the window's end, or
+                gradients are to be differentiated again.
         """
         window: Window | None = ctx.window
         if window is None:
@@ -99,7 +100,8 @@ class _Node(torch.autograd.Function):
         if _version(U, V, keys) != ctx.version:
             raise RuntimeError(
                 f"backward through {window.name!r}: what sketches its gradient has been modified by an inplace "
-                "operation, a step of the optimizer, since the forward; run the forward again"
+                "operation, a step of the optimizer, or given up by detach() or load_state_dict(), since the forward; "
+                "run the forward again"
             )
         if U is not None and U.dtype is not delta.dtype:
             U, V = window.cast(delta.dtype)
@@ -199,8 +201,9 @@ def _live(module: Any, input: Tensor) -> Window | None:
     """Return what sketches this call, or None if it is to run as it always did; then the net sees a dense gradient.
 
     That is: without gradients, with a frozen weight or another one put in its place (functional_call), while a small
-    matrix sums its dense gradient in its first window, and for what our nodes do not know: transforms of `torch.func`,
-    forward-mode derivatives, nested and sparse inputs. A held `forward` finds none after detach.
+    matrix sums its dense gradient in its first window, under torch.jit.trace, which refuses probes as constants, and
+    for what our nodes do not know: transforms of `torch.func`, forward-mode derivatives, nested and sparse inputs. A
+    held `forward` finds none after detach.
     """
     window: Window | None = vars(module).get("_mofasgd_window")
     if window is None or window.probes is None or not torch.is_grad_enabled():
@@ -211,7 +214,7 @@ def _live(module: Any, input: Tensor) -> Window | None:
     if input.is_nested or input.layout is not torch.strided:
         return None
     if not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _get_tracing_state()
     ):
         return None
     return window

@@ -112,15 +112,15 @@ class Window:
         self._casts: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self.open(pending)
 
-    def serves(self, param: Tensor, state: dict[str, Tensor], first: FirstWindow, probed: bool) -> bool:
-        """Whether this window is the one that these arguments of the constructor ask for."""
-        same = self.param is param and self.state is state and self.first == first and self.probed is probed
+    def serves(self, param: Tensor, state: dict[str, Tensor], first: FirstWindow) -> bool:
+        """Whether this window, after `probe`, is the one that these arguments of the constructor ask for."""
+        same = self.param is param and self.state is state and self.first == first
         return same and all(value.device == param.device for value in self.probes or ())
 
     def open(self, pending: list[int]) -> None:
         """Begin a window in which the matrices number `pending` have no momentum."""
         self.stepped = False
-        if not pending and not self.pending and self.keys is None and (self.probes is not None or not self.probed):
+        if not pending and not self.pending and self.keys is None and (self.probes is not None) is self.probed:
             # As the last one: what hundreds of layers do at every step.
             self.clear()
             return
@@ -129,17 +129,35 @@ class Window:
             # A graph kept from the first window then raises; its sketches would go to probes that nobody reads.
             self.keys.zero_()
             self.keys = None
-        shape = self.first.shape
-        if not self.probed or (pending and self.first.dense):
+        if not self.probed and self.probes is not None:
+            self.end()
             self.probes = None
-        else:
-            if pending and self.keys is None:
-                self.keys = key_tensor(self.first.keys, self.param.device)
-            right, left = self.first.widths if pending else (self.first.rank, self.first.rank)
-            if self.probes is None or self.probes[0].shape[1] != right:
-                device = self.param.device
-                self.probes = (_leaf(shape.m, right, self.first, device), _leaf(shape.n, left, self.first, device))
+        self.probe(self.probed)
         self.clear()
+
+    def probe(self, probed: bool) -> None:
+        """Let layers sketch the gradient or not, from now on. What has been gathered stays, and what layers add to it
+        by graphs made before counts until the step.
+        """
+        self.probed = probed
+        if not probed:
+            return
+        if self.pending and self.first.dense:
+            self.probes = None
+            return
+        if self.pending and self.keys is None:
+            self.keys = key_tensor(self.first.keys, self.param.device)
+        right, left = self.first.widths if self.pending else (self.first.rank, self.first.rank)
+        if self.probes is None or self.probes[0].shape[1] != right:
+            (_, m, n), device = self.first.shape, self.param.device
+            self.probes = (_leaf(m, right, self.first, device), _leaf(n, left, self.first, device))
+
+    def end(self) -> None:
+        """Take nothing any more: backward through what layers made before raises, lest their gradient be lost."""
+        self.clear()
+        if self.probes is not None:
+            keys = self.keys
+            torch.autograd.graph.increment_version((self.state["U"], self.state["V"]) if keys is None else keys)
 
     def clear(self) -> None:
         """Forget what backward has said so far. The probes stay: a graph made before may be run after."""

@@ -36,6 +36,10 @@ class Lent(float):
         return zero
 
 
+class Imposed(float):
+    """A norm that the callback has the optimizer clip to, for one step; the optimizer's own limit is a plain number."""
+
+
 class MoFaSGDCallback(TrainerCallback):
     """Lets MoFaSGD clip, logs its gradient norm, and detaches the model when training ends (not in a DDP).
 
@@ -60,6 +64,9 @@ class MoFaSGDCallback(TrainerCallback):
         """Check the setup; attach again an optimizer that was attached in an earlier `train()`."""
         _give_back(args)
         opt = real_optimizer(kwargs["optimizer"])
+        if isinstance(opt.max_grad_norm, Imposed):
+            # Left by an interrupted train(), whose limit need not be this one's.
+            opt.max_grad_norm = None
         if opt.handle is not None:
             _attached[opt] = opt.handle.mode, opt.handle.stepping
         else:
@@ -138,9 +145,9 @@ def _give_back(args: Any) -> None:
         args.max_grad_norm = args.max_grad_norm.value
 
 
-def _limit(value: float | None) -> float | None:
+def _limit(value: float | None) -> Imposed | None:
     """Return what MoFaSGD takes for Trainer's `max_grad_norm`, which does not clip at 0, at less, or at infinity."""
-    return value if value and 0 < value < math.inf else None
+    return Imposed(value) if value and 0 < value < math.inf else None
 
 
 def _refuse_others(args: Any, given: Any, opt: MoFaSGD) -> None:

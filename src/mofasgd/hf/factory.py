@@ -43,9 +43,10 @@ def trainer_kwargs(
     """Return the arguments of `transformers.Trainer` that make it train with MoFaSGD.
 
     Args:
-        args: the TrainingArguments that the Trainer is given. Read when training begins: `learning_rate` (of AdamW's
-            parameters, and of all with lr_scale="match_rms_adamw"), `adam_beta1`, `adam_beta2`, `adam_epsilon`,
-            `weight_decay`, `seed`; at each step: `max_grad_norm`.
+        args: the TrainingArguments that the Trainer is given. Read when the optimizer is made, in the first `train()`
+            (with `model_init`: in each): `learning_rate` (of AdamW's parameters, and of all with
+            lr_scale="match_rms_adamw"), `adam_beta1`, `adam_beta2`, `adam_epsilon`, `weight_decay`, `seed`; at each
+            step: `max_grad_norm`.
         rank, lr: of the factored parameters. There is no default lr.
         attach: mode of `MoFaSGD.attach`; "none" keeps full gradients in `p.grad` (fp16). With a `complement` "release"
             steps each weight in backward, or "none".

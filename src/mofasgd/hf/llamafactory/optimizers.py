@@ -106,13 +106,13 @@ class MemoryCallback(TrainerCallback):
     """Records the GPU's allocations, on the first process of each machine, into memory.pickle in output_dir."""
 
     def __init__(self, recording: Recording) -> None:
-        self.recording, self._on, self._micro = recording, False, 0
+        self.recording, self._on, self._micro, self._steps = recording, False, 0, 0
 
     def start(self, args: Any) -> None:
         """Start to record."""
         if not self._on and args.local_process_index == 0:
             start_recording(self.recording.max_entries)
-            self._on = True
+            self._on, self._micro, self._steps = True, 0, 0
 
     def stop(self, args: Any) -> None:
         """Save what was recorded, if that is not done yet."""
@@ -131,8 +131,9 @@ class MemoryCallback(TrainerCallback):
             self.stop(args)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count a step; the first one ends a recording that is counted in its micro-batches."""
-        if self.recording.stop_accumulation_step or state.global_step == self.recording.stop_step:
+        """Count a recorded step; the first one ends a recording that is counted in its micro-batches."""
+        self._steps += 1
+        if self.recording.stop_accumulation_step or self._steps == self.recording.stop_step:
             self.stop(args)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
