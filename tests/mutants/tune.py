@@ -220,6 +220,8 @@ MUTANTS = [
         "self._write(step, self.evaluate())\n            self.clock.skip()",
         "self._write(step, self.evaluate())",
         _SPEED,
+    ),
+    Mutant(
         "examined before it is on the disk",
         "app/tune/finetune.py",
         "            if config.save_model:\n                self._store()\n        if caught",
