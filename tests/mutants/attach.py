@@ -265,8 +265,8 @@ MUTANTS = [
     Mutant(
         "a class of the user's hears of the mixed ones",
         "attach/swap.py",
-        'such as registering them, from these."""\n',
-        'such as registering them, from these."""\n        super().__init_subclass__(**kwargs)\n',
+        'such as registering them."""\n',
+        'such as registering them."""\n        super().__init_subclass__(**kwargs)\n',
         "test_attach_failures.py::test_registries_of_the_users_classes_do_not_see_the_mixed_ones",
     ),
     Mutant(

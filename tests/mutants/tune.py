@@ -195,9 +195,9 @@ MUTANTS = [
     ),
     Mutant(
         "checkpoint 9 is newer than 10",
-        "app/tune/finetune.py",
-        'key=lambda path: int(path.name.rsplit("-", 1)[1])',
-        "key=lambda path: path.name",
+        "app/tune/folder.py",
+        "max(found, key=step_of, default=None)",
+        "max(found, default=None)",
         "test_tune_finetune.py::test_a_run_goes_on_from_its_newest_whole_checkpoint",
     ),
     Mutant(
