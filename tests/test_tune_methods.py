@@ -16,8 +16,9 @@ from tune_case import SIZES
 
 from mofasgd.app.tune.config import MethodConfig
 from mofasgd.app.tune.joint import Joint
-from mofasgd.app.tune.methods import METHODS, TableFactory, freeze, resolve
+from mofasgd.app.tune.methods import METHODS, TableFactory, resolve
 from mofasgd.app.tune.models import prepare
+from mofasgd.groups import freeze
 
 
 def llama():

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from mofasgd.app.config import Settings
-from mofasgd.app.tune.methods import freeze, split
+from mofasgd.groups import freeze, split
 
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:
@@ -64,6 +64,15 @@ def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_config(name: str) -> Any:
+    """Return the configuration of `model`, without its weights.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
+    return _load(transformers.AutoConfig, name, "configuration")
 
 
 def load_model(name: str, kind: Any, precision: str, **options: Any) -> nn.Module:
