@@ -253,7 +253,8 @@ METHODS: dict[str, Method] = {
 
 
 def settings_of(method: str) -> Settings:
-    """Return the settings that change the memory of a method, with their defaults."""
+    """Return the settings that change the memory of a method, with their defaults; ValueError for an unknown one."""
+    check_choice("method", method, tuple(METHODS))
     return dict(METHODS[method].defaults)
 
 

@@ -174,18 +174,17 @@ def largest_batch(total: Callable[[int], int], limit: int, most: int = 1 << 20) 
     fits, below = 1, total(1)
     if below > limit:
         return 0
-    fails, above, probe = most + 1, None, 2
+    fails, above, probe, halve = most + 1, None, 2, False
     while fails - fits > 1:
         size = total(probe)
-        slope = (size - below) / (probe - fits)
         if size <= limit:
-            fits, below = probe, size
+            slope, fits, below = (size - below) / (probe - fits), probe, size
+            # Beyond what a straight line would allow, unless it bends down.
+            ahead = int((limit - below) / slope) if slope > 0 else fits
         else:
-            fails, above = probe, size
-        if above is None:
-            ahead = int((limit - below) / slope) if slope > 0 else 2 * fits
-            probe = min(max(fits + 1, fits + ahead), most)
-        else:
-            share = (limit - below) / (above - below)
-            probe = min(max(fits + 1, fits + int(share * (fails - fits))), fails - 1)
+            fails, above, ahead = probe, size, 0
+        if above is not None:
+            ahead = int((limit - below) / (above - below) * (fails - fits))
+            ahead, halve = ((fails - fits) // 2 if halve else ahead), not halve
+        probe = min(max(fits + 1, fits + ahead), fails - 1)
     return fits
