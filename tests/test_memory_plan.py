@@ -37,6 +37,7 @@ def measured(file, method, batch, length, checkpointing):
     [
         ("llama_step.json", ("adamw", 2, 2048, False), {"method": "adamw"}),
         ("llama_step.json", ("mofasgd r8", 2, 2048, False), {"rank": 8}),
+        pytest.param("llama_step_ranks.json", ("mofasgd r128", 2, 2048, False), {"rank": 128}, marks=pytest.mark.slow),
         # Here the first step is the peak.
         pytest.param("llama_step_ranks.json", ("mofasgd r128", 1, 1024, True), {"rank": 128}, marks=pytest.mark.slow),
     ],
@@ -45,7 +46,7 @@ def measured(file, method, batch, length, checkpointing):
 def test_a_plan_is_the_peak_of_an_h200(file, row, options):
     config, peak = measured(file, *row)
     plan = estimate(config, batch=row[1], seq=row[2], checkpointing=row[3], freeze=OUTER, **options)
-    assert plan.total == pytest.approx(peak, rel=0.02)
+    assert plan.total == pytest.approx(peak, rel=0.01)
 
 
 @pytest.mark.slow
@@ -54,7 +55,7 @@ def test_the_plan_of_a_model_with_adapters_is_the_peak_of_an_h200():
     with torch.device("meta"):
         model = LlamaForCausalLM(config).bfloat16().requires_grad_(False)
         model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear")).bfloat16()
-    assert estimate(model, "adamw", batch=2, seq=2048).total == pytest.approx(peak, rel=0.02)
+    assert estimate(model, "adamw", batch=2, seq=2048).total == pytest.approx(peak, rel=0.01)
 
 
 class Mixed(nn.Module):

@@ -127,7 +127,9 @@ def ready(model: nn.Module, checkpointing: bool) -> None:
     if hasattr(getattr(model, "config", None), "use_cache"):
         model.config.use_cache = False  # type: ignore[union-attr]
     if checkpointing:
-        enable = getattr(model, "gradient_checkpointing_enable", None)
+        # The second name is the older one.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable: Any = next((found for name in names if (found := getattr(model, name, None)) is not None), None)
         if enable is None:
             raise ValueError(
                 f"checkpointing: {type(model).__name__} has no gradient_checkpointing_enable(); leave it out for a "

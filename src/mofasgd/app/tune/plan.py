@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from mofasgd.app.display import Display
@@ -91,12 +90,14 @@ def found(config: PlanConfig) -> dict[str, Any]:
 def shown(result: dict[str, Any]) -> Table:
     """Return the table of what `found` returned."""
     gpu = result["gpu_gb"]
-    more = () if gpu is None else (f"fits {gpu:g}", "batch <=")
-    out = Table("GB", *_PARTS.values(), "peak", *more, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    more = () if gpu is None else ("fits", "batch <=")
+    out = Table("GB", *_PARTS.values(), "peak", *more, box=None, padding=(0, 1, 0, 0))
     for method, row in result["methods"].items():
         sizes = [f"{row[part] / _GB:,.2f}" for part in (*_PARTS, "total")]
         fits = () if gpu is None else ("yes" if row["fits"] else "no", str(row["largest_batch"]))
         out.add_row(method, *sizes, *fits)
+    for column in out.columns:
+        column.no_wrap = True
     for column in out.columns[1:]:
         column.justify = "right"
     return out
@@ -115,3 +116,5 @@ def plan(config: PlanConfig) -> None:
         "GB of 2^30 bytes; of each part the most; peak: the most of all together. Not in it: what kernels need within, "
         "CUDA's context, fragments of the allocator (docs/finetuning.md)"
     )
+    if config.gpu_gb is not None:
+        display.note(f"fits: within {config.gpu_gb:g} GB less {config.reserve_gb:g} GB; batch: the largest that does")
