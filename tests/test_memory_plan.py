@@ -74,9 +74,16 @@ class Mixed(nn.Module):
 
 
 SIZES = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def gpt2(dropout=0.0):
+    sizes = {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    return GPT2Config(**sizes, attn_pdrop=dropout, resid_pdrop=0.0, embd_pdrop=0.0)
+
+
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=96, num_key_value_heads=2)).bfloat16(),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=4, attn_pdrop=0.0)),
+    "gpt2": lambda: GPT2LMHeadModel(gpt2()),
     "mixed": Mixed,
 }
 BATCH, LENGTH = 4, 64
@@ -190,6 +197,27 @@ def test_the_peak_is_what_is_there_together():
     both = plan_of_chain("adamw", accumulate=True)
     assert both.total >= plan.total + plan.activations
     assert plan_of_chain(rank=4).total < plan.total / 2
+
+
+def test_dropout_is_kept_as_on_a_gpu():
+    # A byte an element; attention's, nothing at all.
+    layers = [nn.Linear(WIDTH, WIDTH) for _ in range(2)]
+    without, by_layer = (
+        estimate(nn.Sequential(layers[0], *more, layers[1]), "adamw", batch=ROWS, seq=1)
+        for more in ([], [nn.Dropout(0.1)])
+    )
+    assert by_layer.activations - without.activations == ROWS * WIDTH
+    without, in_attention = (estimate(gpt2(p), "adamw", batch=2, seq=256) for p in (0.0, 0.1))
+    assert in_attention.activations == without.activations
+
+
+def test_a_step_makes_more_than_twice_the_factors():
+    side, rank = 2**16, 2**12
+    model = nn.Sequential(nn.Linear(side, side, bias=False, device="meta"))
+    factors = 4 * 2 * side * rank
+    plan = estimate(model, rank=rank, attach="none", batch=1, seq=1)
+    assert plan.temporaries == pytest.approx(2.25 * factors, rel=0.01)
+    assert plan.total >= plan.weights + plan.gradients + plan.optimizer_state + 2 * factors
 
 
 def test_checkpointing_and_precision():

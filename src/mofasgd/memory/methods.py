@@ -63,7 +63,7 @@ class StillMoFaSGD(MoFaSGD):
     def _step_in_backward(self, index: int, param: Tensor, group: Group) -> None:
         """Hold for a moment what the step of one parameter makes."""
         shape, rank = factored_shape(param, group)
-        param.new_empty(_LATER * shape.batch * (shape.m + shape.n) * rank, dtype=self.state_dtype)
+        param.new_empty(int(_LATER * shape.batch * (shape.m + shape.n) * rank), dtype=self.state_dtype)
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _muon(model: nn.Module, settings: Settings) -> Optimizer:
 
 
 # Bytes of all factors (float32) that a step holds for a moment beside them, measured on CUDA (docs/finetuning.md).
-_LATER = 2
+_LATER = 2.25
 _FIRST = 1
 
 
@@ -196,8 +196,7 @@ def _mofasgd_step(optimizer: Optimizer, settings: Settings) -> int:
     assert isinstance(optimizer, MoFaSGD)
     if optimizer.handle is not None and optimizer.handle.stepping:
         return 0
-    dense = factor_bytes(optimizer) if settings["attach"] == "none" else 0
-    return _LATER * factor_bytes(optimizer) + dense
+    return int(_LATER * factor_bytes(optimizer))
 
 
 def first_window(optimizer: Optimizer) -> tuple[int, int]:
@@ -220,20 +219,20 @@ def first_window(optimizer: Optimizer) -> tuple[int, int]:
     return (sketches, made) if optimizer.handle is not None else (0, made)
 
 
-def _largest(optimizer: Optimizer, low: bool) -> Tensor:
+def _largest(optimizer: Optimizer) -> Tensor:
     return max((p for p in optimizer.state if p.ndim == 2), key=Tensor.numel)
 
 
 def _galore_step(optimizer: Optimizer, settings: Settings) -> int:
     # The SVD of a float32 copy, every `gap` steps; what the solver needs within is not counted.
-    param = _largest(optimizer, True)
+    param = _largest(optimizer)
     m, n = param.shape
     return 4 * (m * n + (m + n) * min(m, n))
 
 
 def _muon_step(optimizer: Optimizer, settings: Settings) -> int:
     # Newton-Schulz in bfloat16: the iterate, the next one, and two Gram matrices.
-    param = _largest(optimizer, True)
+    param = _largest(optimizer)
     m, n = param.shape
     return m * n * param.element_size() + 2 * (2 * m * n + 2 * min(m, n) ** 2)
 

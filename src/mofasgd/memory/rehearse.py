@@ -47,7 +47,7 @@ class Rehearsal(NamedTuple):
 
 
 class _AsOnGPU(TorchFunctionMode):
-    """Attention's kernel for CPUs has no dropout, those for GPUs make no mask of it."""
+    """Dropout as on a GPU: attention's kernels keep nothing of it, by itself it keeps a byte an element."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -56,7 +56,14 @@ class _AsOnGPU(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             kwargs.pop("dropout_p", None)
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+        if func is F.dropout:
+            return _dropout(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    kept: Tensor = torch.native_dropout(input, p, True)[0] if training and p > 0 else input
+    return kept
 
 
 def blank(model: nn.Module, device: str, dtype: torch.dtype | None = None) -> nn.Module:
