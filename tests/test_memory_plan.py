@@ -207,8 +207,9 @@ def test_dropout_is_kept_as_on_a_gpu():
         for more in ([], [nn.Dropout(0.1)])
     )
     assert by_layer.activations - without.activations == ROWS * WIDTH
-    without, in_attention = (estimate(gpt2(p), "adamw", batch=2, seq=256) for p in (0.0, 0.1))
-    assert in_attention.activations == without.activations
+    for again in (False, True):
+        without, in_attention = (estimate(gpt2(p), "adamw", batch=2, seq=256, checkpointing=again) for p in (0.0, 0.1))
+        assert in_attention.activations == without.activations
 
 
 def test_a_step_makes_more_than_twice_the_factors():
@@ -285,6 +286,7 @@ class Counting(nn.Module):
             "Conv2d begins with no embedding or linear layer: give inputs=",
         ),
         ({"model_or_config": Counting(), "rank": 4}, "Counting reads numbers of its tensors"),
+        ({"inputs": torch.empty(3, 5)}, "a forward and backward of Sequential failed"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(options, message):

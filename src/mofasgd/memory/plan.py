@@ -103,7 +103,7 @@ def estimate(
 
     Raises:
         ValueError: for an unknown method, a setting that has no effect for it, a value out of range, or a model
-            whose forward depends on the numbers in its tensors.
+            whose forward fails or depends on the numbers in its tensors.
     """
     check_whole("batch", batch, 1)
     check_whole("seq", seq, 1)

@@ -1,7 +1,7 @@
 """A forward and a backward on tensors without memory (`FakeTensorMode`), recorded: activations of any architecture.
 
 The tensors call themselves CPU tensors, since those of CUDA need CUDA; what a GPU would do otherwise and is of the
-model's size is done as there (`_AsOnGPU`, `_attention`).
+model's size is done as there (`_as_on_gpu`, `_attention`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mofasgd.memory.record import Recorder
@@ -46,19 +45,23 @@ class Rehearsal(NamedTuple):
     after: dict[str, int]
 
 
-class _AsOnGPU(TorchFunctionMode):
-    """Dropout as on a GPU: attention's kernels keep nothing of it, by itself it keeps a byte an element."""
+@contextlib.contextmanager
+def _as_on_gpu() -> Iterator[None]:
+    """Dropout as on a GPU: attention's kernels keep nothing of it, by itself it keeps a byte an element.
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention:
-            kwargs.pop("dropout_p", None)
-            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-        if func is F.dropout:
-            return _dropout(*args, **kwargs)
-        return func(*args, **kwargs)
+    The functions are replaced: a `TorchFunctionMode` is not there when backward computes a layer again.
+    """
+    attention, dropout = F.scaled_dot_product_attention, F.dropout
+
+    def without(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("dropout_p", None)
+        return attention(*args[:4], *((0.0, *args[5:]) if len(args) > 4 else ()), **kwargs)
+
+    F.scaled_dot_product_attention, F.dropout = without, _dropout
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, F.dropout = attention, dropout
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -195,7 +198,7 @@ def faked(inputs: Any) -> Any:
 
 @contextlib.contextmanager
 def knowable(model: nn.Module) -> Iterator[None]:
-    """Raise ValueError for a forward that depends on numbers, which tensors without memory do not have."""
+    """Raise ValueError for a forward that fails, or depends on numbers, which tensors without memory do not have."""
     try:
         yield
     except _UNKNOWABLE as error:
@@ -203,6 +206,9 @@ def knowable(model: nn.Module) -> Iterator[None]:
             f"the forward or backward of {type(model).__name__} reads numbers of its tensors ({error}), which an "
             "estimate does not have: measure it with `mofasgd profile`"
         ) from error
+    except (RuntimeError, TypeError, AttributeError, LookupError) as error:  # of the model's code
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(f"a forward and backward of {type(model).__name__} failed ({reason})") from error
 
 
 def rehearse(
@@ -217,7 +223,7 @@ def rehearse(
         backwards: how many follow one another before the step; from the second on gradients are there.
         autocast: make products in bfloat16.
     """
-    with knowable(model), _AsOnGPU(), Recorder(model, optimizer) as recorder:
+    with knowable(model), _as_on_gpu(), Recorder(model, optimizer) as recorder:
         for _ in range(backwards):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
                 output = _call(model, inputs)
