@@ -17,7 +17,7 @@ from mofasgd import cli
 from mofasgd.app.baselines import METHODS, resolve
 from mofasgd.app.compare import check
 from mofasgd.app.config import CompareConfig, PretrainConfig
-from mofasgd.app.tune.config import FinetuneConfig, GlueConfig, ProfileConfig
+from mofasgd.app.tune.config import FinetuneConfig, GlueConfig, PlanConfig, ProfileConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,9 +52,9 @@ def valid(command, config):
         resolve(config.optimizer)
     elif command != "export":
         pytest.importorskip("trl")
-        from mofasgd.app.tune import glue, methods
+        from mofasgd.app.tune import glue, methods, plan
 
-        (glue.specs if command == "glue" else methods.resolve)(config)
+        {"glue": glue.specs, "plan": plan.chosen}.get(command, methods.resolve)(config)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
@@ -211,6 +211,7 @@ KINDS = {
     "finetune": FinetuneConfig,
     "glue": GlueConfig,
     "profile": ProfileConfig,
+    "plan": PlanConfig,
 }
 
 
@@ -243,6 +244,8 @@ def test_the_module_is_a_program():
         ("glue", ["--task", "rtee"], "task='rtee' is unknown; did you mean 'rte'?"),
         ("profile", ["--steps", 0], "steps=0"),
         ("profile", [], "model is empty"),
+        ("plan", ["--batchsize", 2], "did you mean 'batch_size'"),
+        ("plan", [], "model is empty"),
     ],
 )
 def test_a_wrong_call_of_fine_tuning_ends_in_one_line(capsys, monkeypatch, tmp_path, command, arguments, message):

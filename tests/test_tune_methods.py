@@ -19,9 +19,10 @@ from mofasgd.app.tune import methods
 from mofasgd.app.tune.config import MethodConfig
 from mofasgd.app.tune.finetune import Session
 from mofasgd.app.tune.joint import Joint
-from mofasgd.app.tune.methods import METHODS, TableFactory, freeze, resolve
+from mofasgd.app.tune.methods import METHODS, TableFactory, resolve
 from mofasgd.app.tune.models import prepare
 from mofasgd.app.tune.training import begin_run
+from mofasgd.groups import freeze
 
 
 def llama():

@@ -21,6 +21,7 @@ COMMANDS = {
     "finetune": "mofasgd.app.tune.commands:finetune",
     "glue": "mofasgd.app.tune.commands:glue",
     "profile": "mofasgd.app.tune.commands:profile",
+    "plan": "mofasgd.app.tune.commands:plan",
 }
 """Command -> function of one configuration dataclass; imported when asked for. Its docstring is the command's help."""
 

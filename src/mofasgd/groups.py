@@ -161,6 +161,35 @@ def param_groups(
     return groups
 
 
+def split(model: nn.Module, rank: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the matrices that MoFaSGD of this rank would factor, as far as they are 2-D, and the rest.
+
+    Raises:
+        ValueError: if there is no such matrix.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing is factored is an error here
+        groups = param_groups(model, rank=rank)
+    matrices = [p for g in groups if g["algorithm"] == "mofasgd" for p in g["params"] if p.ndim == 2]
+    if not matrices:
+        raise ValueError(f"rank={rank} leaves no matrix of {type(model).__name__} to factor: lower it")
+    chosen = set(matrices)
+    return matrices, [p for g in groups for p in g["params"] if p not in chosen]
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze the parameters whose names match; ValueError for a pattern that matches none, or if all match."""
+    names = dict(model.named_parameters())
+    for pattern in patterns:
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            raise ValueError(f"freeze={pattern!r} matches no parameter; names are as {next(iter(names))!r}")
+        for name in found:
+            names[name].requires_grad_(False)
+    if not any(param.requires_grad for param in names.values()):
+        raise ValueError(f"freeze={list(patterns)} leaves nothing to train: drop a pattern")
+
+
 def _roles(model: nn.Module, head: nn.Module | str | None) -> dict[Tensor, _Role]:
     """Return the trainable parameters in order, each with all its names and what its modules say of it."""
     names: dict[Tensor, list[str]] = {}

@@ -12,7 +12,7 @@ from mofasgd.gradient import FirstWindow, first_factors, start_all
 from mofasgd.kernels import usable
 from mofasgd.momentum import Factors, init_widths, power_of_two, real_factors, sketch
 
-_TOGETHER = 1 << 26
+TOGETHER = 1 << 26
 """Elements of sketches that are turned into momenta at a time (256 MiB, some temporaries as large)."""
 
 
@@ -37,7 +37,7 @@ class Start(Update):
         if not usable(member.param.device):
             return 1
         (right, left), shape = init_widths(member.state["s"].shape[-1]), member.shape
-        return max(1, _TOGETHER // (shape.batch * (shape.m * right + shape.n * left)))
+        return max(1, TOGETHER // (shape.batch * (shape.m * right + shape.n * left)))
 
     def sketch(self) -> None:
         """Sketch the gradients by the test matrices."""

@@ -4,6 +4,7 @@ from mutants import Mutant
 
 _RESUME = "test_tune_finetune.py::test_an_interrupted_run_resumes_bit_for_bit[mofasgd]"
 _LEARNS = "test_tune_finetune.py::test_it_learns_and_saves_what_it_reports[mofasgd]"
+_PLAN = "test_memory_plan.py::test_"
 _BATCH = "test_tune_finetune.py::test_answers_do_not_depend_on_the_batch"
 _SPEED = "test_tune_finetune.py::test_the_speed_leaves_evaluations_and_the_first_log_interval_out"
 _DECAY = "test_tune_methods.py::test_decay_is_decoupled_and_of_all_that_has_two_dimensions"
@@ -140,8 +141,8 @@ MUTANTS = [
     Mutant(
         "sketches are not looked for",
         "memory/record.py",
-        'self._mark("sketches", sketches(self.optimizer))',
-        "pass",
+        'self._mark("sketches", sketches(self.optimizer))\n        self._phase = "step"',
+        'self._phase = "step"',
         "test_tune_memory.py::test_attached_mofasgd_holds_sketches_in_place_of_gradients",
     ),
     Mutant(
@@ -283,5 +284,54 @@ MUTANTS = [
         "check_data(config, task, tokenizer, table.found(task))",
         "pass",
         "test_tune_glue.py::test_a_second_call_notices_other_rows",
+    ),
+    Mutant(
+        "sketches from before the recording",
+        "memory/record.py",
+        'self._mark("sketches", sketches(self.optimizer))\n        self._hooks = [',
+        "self._hooks = [",
+        "test_tune_memory.py::test_attached_mofasgd_holds_sketches_in_place_of_gradients",
+    ),
+    Mutant(
+        "a plan with masks that a GPU does not make",
+        "memory/rehearse.py",
+        ' | {"allow_is_causal_skip": True}',
+        "",
+        f"{_PLAN}a_plan_is_the_peak_of_an_h200",
+    ),
+    Mutant(
+        "a plan of the outputs until the end of backward",
+        "memory/rehearse.py",
+        "            del output\n",
+        "",
+        f"{_PLAN}a_plan_is_the_peak_of_an_h200",
+    ),
+    Mutant(
+        "a plan whose peak is the sum of the parts",
+        "memory/plan.py",
+        "total=sum(peak.values())",
+        "total=sum(most.values())",
+        f"{_PLAN}the_peak_is_what_is_there_together",
+    ),
+    Mutant(
+        "a plan of one backward where several make a step",
+        "memory/plan.py",
+        "backwards=1 + accumulate",
+        "backwards=1",
+        f"{_PLAN}the_peak_is_what_is_there_together",
+    ),
+    Mutant(
+        "a plan that prepares the user's model",
+        "memory/plan.py",
+        'blank(model_or_config, "meta", dtypes.get(precision, torch.float32))',
+        "model_or_config",
+        f"{_PLAN}nothing_of_the_size_of_the_model_is_made_and_the_model_stays",
+    ),
+    Mutant(
+        "GaLore without its basis",
+        "memory/methods.py",
+        "(basis, low, low)",
+        "(low, low)",
+        f"{_PLAN}the_parts_of_a_plan_are_those_of_a_recorded_run[llama-galore-rank]",
     ),
 ]

@@ -73,6 +73,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._mark("weights", [*self.model.parameters(), *self.model.buffers()])
         self._mark("optimizer state", tree_leaves(list(self.optimizer.state.values())))
         self._mark("gradients", [p.grad for p in self.model.parameters()])
+        self._mark("sketches", sketches(self.optimizer))
         self._hooks = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),

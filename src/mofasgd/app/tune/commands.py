@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from mofasgd.app.tune.config import FinetuneConfig, GlueConfig, ProfileConfig
+from mofasgd.app.tune.config import FinetuneConfig, GlueConfig, PlanConfig, ProfileConfig
 
 
 def _module(name: str) -> Any:
@@ -30,6 +30,11 @@ def glue(config: GlueConfig) -> None:
 def profile(config: ProfileConfig) -> None:
     """Record where the memory of fine-tuning a causal language model goes, on random tokens."""
     _module("profile").profile(config)
+
+
+def plan(config: PlanConfig) -> None:
+    """Show what training would take of a GPU's memory, by method, without loading the model."""
+    _module("plan").plan(config)
 
 
 def help_epilog() -> str:

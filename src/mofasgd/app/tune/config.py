@@ -1,4 +1,4 @@
-"""Configuration of `mofasgd finetune`, `glue` and `profile`: the field texts are the command line's help."""
+"""Configuration of `mofasgd finetune`, `glue`, `profile` and `plan`: the field texts are the command line's help."""
 
 from __future__ import annotations
 
@@ -194,6 +194,50 @@ class ProfileConfig(StepConfig):
         super().__post_init__()
         for name, low in (("steps", 1), ("context", 2), ("seed", 0)):
             check_whole(name, getattr(self, name), low)
+
+
+@dataclass
+class PlanConfig:
+    """What training would take of a GPU's memory, by method; nothing of the model's size is loaded."""
+
+    model: str = ""
+    """a Hugging Face model name, or a folder with a saved model; only its configuration is read"""
+    methods: str = "all"
+    """mofasgd, adamw, lora, galore, muon or adamw8bit; several with commas; all"""
+    batch_size: int = 1
+    """rows of one forward and backward"""
+    context: int = 1024
+    """tokens of a row"""
+    accumulate: bool = False
+    """several forwards and backwards make a step: whole gradients stay from one to the next"""
+    rank: int | None = None
+    """of mofasgd, galore and lora; default 32"""
+    attach: Literal["auto", "sketch", "release", "none"] | None = None
+    """of mofasgd: how gradients are kept out of memory (docs/attach.md)"""
+    complement: float | None = None
+    """of mofasgd: not 0 needs attach release or none"""
+    factor: list[str] | None = None
+    """of mofasgd: name patterns (fnmatch) of embeddings or heads that it factors too, in place of AdamW"""
+    freeze: list[str] | None = None
+    """of all but lora: name patterns of parameters that are not trained"""
+    gradient_checkpointing: bool = False
+    """keep only the layers' inputs and compute the rest again in backward"""
+    precision: Literal["bf16-true", "bf16-mixed", "float32"] = "bf16-true"
+    """bf16-true: bfloat16 weights; bf16-mixed: float32 weights, bfloat16 products"""
+    gpu_gb: float | None = None
+    """memory of a GPU (2^30 bytes, as 80 for an H100): say whether each method fits, and the largest batch that does"""
+    reserve_gb: float = 1.0
+    """of gpu_gb, what is left to CUDA, libraries and the allocator's fragments"""
+    json: bool = False
+    """print the bytes as JSON in place of the table"""
+
+    def __post_init__(self) -> None:
+        check_whole("batch_size", self.batch_size, 1)
+        check_whole("context", self.context, 1)
+        check_choice("precision", self.precision, ("bf16-true", "bf16-mixed", "float32"))
+        check_number("reserve_gb", self.reserve_gb, 0.0)
+        if self.gpu_gb is not None:
+            check_number("gpu_gb", self.gpu_gb, self.reserve_gb, open_low=True)
 
 
 @dataclass

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import importlib
 import importlib.util
 import textwrap
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +18,7 @@ from mofasgd.app.config import Settings
 from mofasgd.app.galore import GaLore
 from mofasgd.app.tune.config import MethodConfig
 from mofasgd.app.tune.joint import Joint
-from mofasgd.groups import param_groups
+from mofasgd.groups import split
 from mofasgd.hf import trainer_kwargs
 from mofasgd.options import check_choice
 
@@ -51,22 +49,6 @@ def _decays(params: list[Tensor], settings: Settings) -> list[dict[str, Any]]:
     """Return groups of which only weights of two or more dimensions decay."""
     parts = ([p for p in params if p.ndim >= 2], settings["weight_decay"]), ([p for p in params if p.ndim < 2], 0.0)
     return [{"params": some, "weight_decay": decay} for some, decay in parts if some]
-
-
-def split(model: nn.Module, rank: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the matrices that MoFaSGD of this rank would factor, as far as they are 2-D, and the rest.
-
-    Raises:
-        ValueError: if there is no such matrix.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that nothing is factored is an error here
-        groups = param_groups(model, rank=rank)
-    matrices = [p for g in groups if g["algorithm"] == "mofasgd" for p in g["params"] if p.ndim == 2]
-    if not matrices:
-        raise ValueError(f"rank={rank} leaves no matrix of {type(model).__name__} to factor: lower it")
-    chosen = set(matrices)
-    return matrices, [p for g in groups for p in g["params"] if p not in chosen]
 
 
 def _trainable(model: nn.Module) -> list[Tensor]:
@@ -170,19 +152,6 @@ class TableFactory:
         build = METHODS[method].build
         assert build is not None
         return build(opt_model, settings)
-
-
-def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Freeze the parameters whose names match; ValueError for a pattern that matches none, or if all match."""
-    names = dict(model.named_parameters())
-    for pattern in patterns:
-        found = fnmatch.filter(names, pattern)
-        if not found:
-            raise ValueError(f"freeze={pattern!r} matches no parameter; names are as {next(iter(names))!r}")
-        for name in found:
-            names[name].requires_grad_(False)
-    if not _trainable(model):
-        raise ValueError(f"freeze={list(patterns)} leaves nothing to train: drop a pattern")
 
 
 def kwargs_for_trainer(args: Any, method: str, settings: Settings) -> dict[str, Any]:

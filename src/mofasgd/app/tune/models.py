@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from mofasgd.app.config import Settings
-from mofasgd.app.tune.methods import freeze, split
+from mofasgd.groups import freeze, split
 
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:
@@ -77,6 +77,15 @@ def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
 def _added(tokenizer: Any) -> list[str]:
     """Return the tokens beside the vocabulary's own that stand for no text."""
     return [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
+
+
+def load_config(name: str) -> Any:
+    """Return the configuration of `model`, without its weights.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
+    return _load(transformers.AutoConfig, name, "configuration")
 
 
 def load_model(name: str, kind: Any, precision: str, **options: Any) -> nn.Module:
