@@ -16,7 +16,7 @@ from mofasgd import MoFaSGD, param_groups
 def test_every_page_with_python_is_run_by_some_test():
     # README.md by test_architecture.py, distributed.md by test_dist_ddp.py and test_dist_fsdp.py.
     pages = {name for name in PAGES if blocks(name)}
-    assert pages == {"README.md", "attach.md", "distributed.md", "huggingface.md", "torchrun.md"}
+    assert pages == {"README.md", "attach.md", "distributed.md", "finetuning.md", "huggingface.md", "torchrun.md"}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -99,3 +99,13 @@ def test_the_lines_on_trainer_train(tmp_path):
     assert opt.factors(model.model.layers[0].mlp.up_proj.weight).s.shape == (32,)
     assert opt.handle is None
     assert names["mine"].steps == len([norm for norm in logged(trainer) if norm > 0]) == 3
+
+
+def test_the_lines_on_a_plan_print_it(capsys):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    names = {"model": transformers.LlamaConfig(vocab_size=128, **sizes)}
+    (lines,) = paragraphs("finetuning.md")
+    exec(lines, names)
+    assert str(names["plan"]) in capsys.readouterr().out
+    assert names["plan"].total > names["plan"].activations > 0
