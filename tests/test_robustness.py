@@ -68,15 +68,16 @@ def kinds_of_gradient(shape, i):
 
 @pytest.mark.parametrize(("shape", "rank"), [*((shape, 4) for shape in SHAPES), ((60, 50), 1), ((60, 50), 40)])
 @pytest.mark.parametrize("complement", [0.0, 2.0])
-def test_a_thousand_hard_steps_leave_no_nan_and_orthonormal_factors(shape, rank, complement):
+def test_many_hard_steps_leave_no_nan_and_orthonormal_factors(shape, rank, complement):
     W = weight(shape)
     with pytest.warns(UserWarning, match="lowered") if min(shape[-2:]) < rank else nullcontext():
         opt = MoFaSGD([W], lr=0.01, rank=rank, complement=complement, lr_scale="match_rms_adamw", max_grad_norm=1e3)
-    for i in range(1000):
+    steps = 1000 if rank < 40 else 400
+    for i in range(steps):
         step(opt, W, kinds_of_gradient(shape, i))
         if i % 50 < 10:
             assert_sound(opt, W)
-    assert opt.nonfinite_steps == 100
+    assert opt.nonfinite_steps == steps // 10
 
 
 @pytest.mark.parametrize("shape", [(60, 50), (9, 7)])
