@@ -37,30 +37,31 @@ def _orthogonalize(A, row, column, k, least):
 
 @triton.jit
 def _pivoted(
-    gram, squares, R, N, lines, own_lines, k, of_batch, of_row, squares_of_batch, squares_of_row, least, share,
+    gram, squares, R, N, lines, own_lines, k, of_batch, of_column, least, share,
     K: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """R and N of the Gram matrix number program_id(0), its columns in the order of `algebra.pivoted_columns`.
 
-    R, N: zeros. lines, own_lines: rows of R and columns of N in that order, of unit columns, T at a time.
+    `squares` has strides (of_batch, of_column). R, N: zeros. lines, own_lines: rows of R and columns of N in that
+    order, of unit columns, T at a time.
     """
-    batch = tl.program_id(0).to(tl.int64)
-    gram += batch * of_batch
-    column = tl.arange(0, K)
-    inside = column < k
-    length = tl.load(squares + batch * squares_of_batch + column * squares_of_row, mask=inside, other=1.0)
-    length = tl.sqrt(tl.where(length > 0, length, 1.0))
-    left = tl.load(gram + column * (of_row + 1), mask=inside, other=0.0) / (length * length)
-    # -1: its turn has been, or there is no such column.
-    left = tl.where(inside, tl.maximum(left, 0.0), -1.0)
-    batch *= k * k
+    number = tl.program_id(0).to(tl.int64)
+    batch = number * k * k
+    gram += batch
     lines += batch
     own_lines += batch
+    column = tl.arange(0, K)
+    inside = column < k
+    length = tl.load(squares + number * of_batch + column * of_column, mask=inside, other=1.0)
+    length = tl.sqrt(tl.where(length > 0, length, 1.0))
+    left = tl.load(gram + column * (k + 1), mask=inside, other=0.0) / (length * length)
+    # -1: its turn has been, or there is no such column.
+    left = tl.where(inside, tl.maximum(left, 0.0), -1.0)
     count, most = 0, tl.max(left, 0)
     while most > least:
         j = tl.min(tl.where(left >= share * most, column, K), 0)
         its_length = tl.sum(tl.where(column == j, length, 0.0), 0)
-        line = tl.load(gram + j.to(tl.int64) * of_row + column, mask=inside, other=0.0) / (its_length * length)
+        line = tl.load(gram + j * k + column, mask=inside, other=0.0) / (its_length * length)
         own = (column == j).to(tl.float64)
         for start in range(0, count, T):
             before = start + tl.arange(0, T)
@@ -212,7 +213,7 @@ def pivoted_columns(gram: Tensor, squares: Tensor, dependent: float, share: floa
     K = max(16, triton.next_power_of_2(k))
     with torch.cuda.device_of(gram):
         _pivoted[(batch,)](
-            gram, squares, R, N, lines, own_lines, k, *gram.stride()[:2], *squares.stride(), dependent, share,
+            gram, squares, R, N, lines, own_lines, k, *squares.stride(), dependent, share,
             K=K, T=max(1, min(16, 4096 // K)), num_warps=max(1, min(8, K // 32)),
         )  # fmt: skip
     return R, N
