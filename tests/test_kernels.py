@@ -246,6 +246,19 @@ def test_factors_are_joined_and_measured(width, dtype, left):
     assert torch.allclose(squares.double(), expected.square().sum(dim=1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("rank", [5, 40])
+def test_what_a_product_lacks_to_be_orthonormal(rank):
+    from mofasgd.kernels.gram import excess
+
+    U, S, W = normal(3, 70, rank), normal(3, 70, rank), normal(3, 2 * rank, rank).double()
+    close = torch.tensor([True, False, True], device=DEVICE)
+    out = torch.zeros(3, rank, rank, dtype=torch.float64, device=DEVICE)
+    excess(U, S, W, close, out)
+    Q = torch.cat([U, S], dim=-1).double() @ W
+    expected = (Q.mT @ Q - torch.eye(rank, device=DEVICE)) * close[:, None, None]
+    assert torch.allclose(out, expected, rtol=1e-12, atol=1e-9)
+
+
 def test_addresses_are_those_of_the_matrices():
     a, b = torch.zeros(3, 4, 4), torch.zeros(3, 4, 4)
     table, aligned = pointers([a, None, b], 3, 64, torch.device("cpu"))
@@ -266,14 +279,14 @@ def by_pivots(gram, squares=None):
 
     gram = gram.to(DEVICE)
     squares = gram.diagonal(dim1=-2, dim2=-1) if squares is None else squares.to(DEVICE)
-    R, N = pivoted_columns(gram, squares, algebra.DEPENDENT, algebra.SHARE)
-    return R.cpu(), N.cpu()
+    R, N, closest = pivoted_columns(gram, squares, algebra.DEPENDENT, algebra.SHARE)
+    return R.cpu(), N.cpu(), closest.cpu()
 
 
 @pytest.mark.parametrize(
     ("factorize", "k"),
     [(algebra.independent_columns, k) for k in (10, 64, 130)] + [(by_kernel, k) for k in (10, 20, 64, 72)]
-    + [(by_pivots, k) for k in (10, 20, 40)],
+    + [(by_pivots, k) for k in (10, 20, 40, 72)],
 )  # fmt: skip
 def test_dependent_columns_are_left_out(factorize, k):
     A = torch.randn(4, 2 * k, k, dtype=torch.float64) * torch.logspace(0, 9, k, dtype=torch.float64)
@@ -281,7 +294,7 @@ def test_dependent_columns_are_left_out(factorize, k):
     A[2, :, 5:] = 0
     # Nearly dependent columns, whose Gram matrix has lost most of what tells them apart.
     A[3] = A[3, :, :1] + 1e-4 * A[3]
-    R, N = factorize(A.mT @ A)
+    R, N = factorize(A.mT @ A)[:2]
     Q = A @ N
     expected = torch.ones(4, k, dtype=torch.float64)
     expected[1, 3], expected[2, 5:] = 0, 0
@@ -295,7 +308,7 @@ def test_dependent_columns_are_left_out(factorize, k):
 def test_a_column_depends_on_others_by_its_distance_to_them(factorize, distance, kept):
     A = torch.linalg.qr(torch.randn(2, 40, 11, dtype=torch.float64))[0]
     A[:, :, 3] = A[:, :, 0] + distance * A[:, :, 10]
-    _, N = factorize(A[:, :, :10].mT @ A[:, :, :10])
+    N = factorize(A[:, :, :10].mT @ A[:, :, :10])[1]
     assert (N[:, :, 3].norm(dim=-1) > 0).tolist() == [kept, kept]
 
 
@@ -306,11 +319,26 @@ def test_a_column_of_which_little_is_left_waits_for_one_that_shows_its_direction
     left[:, :, 0] = 2e-5
     rounding = 1e-15 * torch.randn(3, 12, 12, dtype=torch.float64)
     gram = left.mT @ left + rounding + rounding.mT
-    R, N = factorize(gram, torch.ones(3, 12, dtype=torch.float64))
+    R, N, _ = factorize(gram, torch.ones(3, 12, dtype=torch.float64))
     kept = N.norm(dim=-2) > 0
     assert kept.sum(dim=-1).tolist() == [1, 1, 1]
     assert ((left @ N).norm(dim=-2)[kept] - 1).abs().max() <= 1e-10
     assert (R.mT @ R - gram).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize(("factorize", "k"), [(algebra.pivoted_columns, 12), (by_pivots, 12), (by_pivots, 72)])
+def test_the_given_order_stays_only_where_it_is_that_of_the_pivots(factorize, k):
+    A = torch.linalg.qr(torch.randn(2, k + 9, k, dtype=torch.float64))[0]
+    A = A + 0.1 * A[:, :, -1:]
+    # Of the first column of the second matrix others have left little: it comes last.
+    A[1, :, 0] *= 1e-4
+    gram = A.mT @ A
+    R, N, closest = factorize(gram, torch.ones(2, k, dtype=torch.float64))
+    assert ((R[:, 0, 1:] != 0).any(dim=-1)).tolist() == [True, False]
+    assert (R.mT @ R - gram).abs().max() <= 1e-12
+    assert ((A @ N).mT @ A @ N - torch.eye(k)).abs().max() <= 1e-7
+    assert closest[0] > 0.1
+    assert abs(closest[1] / 1e-8 - 1) <= 1e-4
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="test_gpu.py trains there")

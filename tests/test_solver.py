@@ -132,6 +132,34 @@ def test_subspace_iteration_keeps_the_budget_too(kind, monkeypatch):
         check(after, K, rank)
 
 
+def check_close(distance, directions, rank):
+    """Hold more than the budget where all but a small part of the gradient, in so many directions, is old."""
+    U, s, V, _ = case("random", 60, 50, rank)
+    own = torch.arange(rank) < (rank // 2 if directions == 1 else rank)
+    s, core = torch.where(own, s, 1e-9), torch.randn(3, rank, rank, dtype=DOUBLE) * own * own[:, None]
+    new = torch.randn(3, 60, directions, dtype=DOUBLE) @ torch.randn(3, directions, 50, dtype=DOUBLE)
+    G = U @ core @ V.mT + distance * new / math.sqrt(directions)
+    (U, s, V), K, _ = solved(U, s, V, G, 0.5)
+    eye, exact = torch.eye(rank, dtype=DOUBLE), torch.linalg.svdvals(K)
+    assert max((U.mT @ U - eye).abs().max(), (V.mT @ V - eye).abs().max()) <= 2e-7
+    error = torch.linalg.matrix_norm(K - (U * s[:, None, :]) @ V.mT)
+    assert (error <= 1.02 * exact[:, rank:].norm(dim=-1) + 5e-6 * exact.norm(dim=-1)).all()
+
+
+@pytest.mark.parametrize("directions", [1, 50])
+@pytest.mark.parametrize("distance", [3e-6, 6e-6])
+def test_what_is_close_to_the_momentum_is_neither_lost_nor_skewed(distance, directions):
+    check_close(distance, directions, 8)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="all tests run the kernels there")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
+def test_a_gpu_polishes_too(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(algebra, "usable", lambda device: True)
+    check_close(6e-6, 1, 6)
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="all tests run the kernels there")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
 @pytest.mark.parametrize("direct", [4, 64])

@@ -13,7 +13,8 @@ R W with small W. Between the two lies algebra of 2r x 2r matrices, one batch fo
 3. Weights W that carry both back to m and n.
 
 Gram matrices square what they are made of, so they are summed and factorized in float64, where half the digits are
-still more than float32 has. Budget against the exact update, as tests hold it: error at most 1.02 times the best
+still more than float32 has; where so little is left of a column that they are not, the new factors are summed once more
+and corrected (`polished`). Budget against the exact update, as tests hold it: error at most 1.02 times the best
 rank-r error plus 1e-5 |beta M + Ghat|, columns orthonormal to 1e-5. On CUDA, above rank 32, the core's leading
 right space comes from subspace iteration; otherwise nothing is approximate but rounding.
 """
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,6 +40,12 @@ DEPENDENT = 8e-11
 """A column whose squared distance from those before it is below this part of its square depends on them.
 
 Products in float64 leave an error of some 1e-15 in that square, hence 1e-5 in the length of what is kept."""
+
+_LOST = 1e-11
+"""`DEPENDENT` for the tall matrices of an update: less of the momentum is lost, and the factors are polished."""
+
+_CLOSE = 1e-8
+"""What is polished: factors of a matrix of whose columns one has less left than this part of its square."""
 
 SHARE = 0.5
 """Of the most that is left of any column: what must be left of the next one."""
@@ -118,45 +126,51 @@ def independent_columns(gram: Tensor, *, twice: bool = True) -> tuple[Tensor, Te
         from mofasgd.kernels.columns import independent_columns as on_gpu
 
         return on_gpu(gram, DEPENDENT, twice)
-    R, N = pivoted_columns(gram, gram.diagonal(dim1=-2, dim2=-1))
+    R, N, _ = pivoted_columns(gram, gram.diagonal(dim1=-2, dim2=-1))
     return _again(gram, R, N) if twice else (R, N)
 
 
-def pivoted_columns(gram: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-    """Return R and N as `independent_columns` does once, with columns of which little is left put off.
+def pivoted_columns(gram: Tensor, squares: Tensor, least: float = DEPENDENT) -> tuple[Tensor, Tensor, Tensor]:
+    """Return R and N as `independent_columns` does once, with columns of which little is left put off; and how little.
 
     The next column is the first of which at least `SHARE` of the most that is left of any is left, both as parts of
     their `squares`. In order, what rounding leaves of a column may become a direction, of which later columns that
-    really have it are cleared; and what is left of these is more rounding than `DEPENDENT` allows for.
+    really have it are cleared; and what is left of these is more rounding than `least` allows for.
 
     Args:
         gram: (B, k, k), of columns, or of what others have left of them.
         squares: (B, k), of the whole columns.
+        least: what takes the place of `DEPENDENT`.
+
+    Returns:
+        R, N (B, k, k), and the smallest part of its square that is left of a column that is kept, (B,), 1 at most.
     """
     if usable(gram.device):
         from mofasgd.kernels.columns import pivoted_columns as on_gpu
 
-        return on_gpu(gram, squares, DEPENDENT, SHARE)
+        return on_gpu(gram, squares, least, SHARE)
     lengths = torch.where(squares > 0, squares, 1.0).sqrt()
     unit = gram / (lengths[:, :, None] * lengths[:, None, :])
-    R, N = (_in_order if unit.device.type == "cpu" else _by_pivots)(unit)
-    return R * lengths[:, None, :], N / lengths[:, :, None]
+    R, N = (_in_order if unit.device.type == "cpu" else _by_pivots)(unit, least)
+    pivots = R.diagonal(dim1=-2, dim2=-1).square()
+    closest = torch.where(pivots > 0, pivots, 1.0).amin(dim=-1)
+    return R * lengths[:, None, :], N / lengths[:, :, None], closest
 
 
-def _in_order(A: Tensor) -> tuple[Tensor, Tensor]:
+def _in_order(A: Tensor, least: float) -> tuple[Tensor, Tensor]:
     """`_by_pivots` by LAPACK where the order is the given one, as it is most of the time; it reads whether it is."""
     R, failed = torch.linalg.cholesky_ex(A, upper=True)
     N = torch.linalg.solve_triangular(R, torch.eye(R.shape[-1], dtype=R.dtype).expand_as(R), upper=True)
     # What is left of column k when it is the turn of column j: sum of R_ik^2 over i >= j.
     most = R.square().flip(-2).cumsum(dim=-2).flip(-2).amax(dim=-1)
     pivots = R.diagonal(dim1=-2, dim2=-1).square()
-    other = ~((pivots >= SHARE * most) & (pivots > DEPENDENT)).all(dim=-1) | (failed != 0)
+    other = ~((pivots >= SHARE * most) & (pivots > least)).all(dim=-1) | (failed != 0)
     if other.any():
-        R[other], N[other] = _by_pivots(A[other])
+        R[other], N[other] = _by_pivots(A[other], least)
     return R, N
 
 
-def _by_pivots(A: Tensor) -> tuple[Tensor, Tensor]:
+def _by_pivots(A: Tensor, least: float) -> tuple[Tensor, Tensor]:
     """`pivoted_columns` of columns whose squares are 1."""
     batch, k, _ = A.shape
     A, matrix = A.clone(), torch.arange(batch, device=A.device)
@@ -168,7 +182,7 @@ def _by_pivots(A: Tensor) -> tuple[Tensor, Tensor]:
         chosen = (left >= SHARE * left.amax(dim=-1, keepdim=True)).int().argmax(dim=-1)
         line = torch.where(left >= 0, A[matrix, chosen], 0.0)
         pivot = line[matrix, chosen]
-        kept[matrix, chosen] = real = pivot > DEPENDENT
+        kept[matrix, chosen] = real = pivot > least
         scale = torch.where(real, pivot, torch.inf).rsqrt()[:, None]
         line, own = line * scale, N[matrix, :, chosen] * scale
         R[matrix, chosen] = line
@@ -186,17 +200,54 @@ def _again(gram: Tensor, R: Tensor, N: Tensor) -> tuple[Tensor, Tensor]:
     return R2 @ R, N @ N2
 
 
-def tall_columns(gram: Tensor, *, twice: bool = False) -> tuple[Tensor, Tensor]:
-    """Return R and N of [U S] (B, m, r) each, U nearly orthonormal or zero; U before S. `twice`: as above."""
+def tall_columns(gram: Tensor, least: float = DEPENDENT) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `pivoted_columns` does of [U S] (B, m, r) each, U nearly orthonormal or zero; U before S."""
     r = gram.shape[-1] // 2
     of_S = gram[:, r:, r:]
     R1, N1 = independent_columns(gram[:, :r, :r], twice=False)
     C = N1.mT @ gram[:, :r, r:]
-    R2, N2 = pivoted_columns(torch.baddbmm(of_S, C.mT, C, alpha=-1), of_S.diagonal(dim1=-2, dim2=-1))
+    rest = torch.baddbmm(of_S, C.mT, C, alpha=-1)
+    R2, N2, closest = pivoted_columns(rest, of_S.diagonal(dim1=-2, dim2=-1), least)
     zeros = torch.zeros_like(C)
     R = torch.cat([torch.cat([R1, C], dim=2), torch.cat([zeros, R2], dim=2)], dim=1)
     N = torch.cat([torch.cat([N1, -(N1 @ C) @ N2], dim=2), torch.cat([zeros, N2], dim=2)], dim=1)
-    return _again(gram, R, N) if twice else (R, N)
+    return R, N, closest
+
+
+def polished(tall: Sequence[tuple[Tensor, Tensor]], weights: Tensor, closest: Tensor) -> Tensor:
+    """Return weights whose [A B] weights are orthonormal, of those that make them nearly so: a step of Newton's.
+
+    What is summed anew for it, the product's own Gram matrix, does not have the error of [A B]'[A B] in small columns.
+    Elsewhere nothing is read and nothing changes.
+
+    Args:
+        tall: A and B (b, m, r), float32 or float64, of one shape after the other.
+        weights: (B, 2r, r) float64, of all shapes.
+        closest: (B,), from `tall_columns`.
+    """
+    close = closest < _CLOSE
+    if close.device.type == "cpu" and not close.any():
+        return weights
+    excess = weights.new_zeros(len(weights), weights.shape[-1], weights.shape[-1])
+    end = 0
+    for A, B in tall:
+        part = slice(end, end := end + len(A))
+        _excess(A, B, weights[part], close[part], excess[part])
+    return torch.baddbmm(weights, weights, excess, alpha=-0.5)
+
+
+def _excess(A: Tensor, B: Tensor, weights: Tensor, close: Tensor, out: Tensor) -> None:
+    """Put Q'Q - I of Q = [A B] weights into `out` (b, r, r) where `close` (b,)."""
+    if usable(A.device) and A.dtype is torch.float32:
+        from mofasgd.kernels.gram import excess as on_gpu
+
+        on_gpu(A, B, weights, close, out)
+        return
+    where = close.nonzero()[:, 0] if close.device.type == "cpu" else torch.arange(len(close), device=close.device)
+    Q = torch.cat([A[where], B[where]], dim=-1).double() @ weights[where]
+    found = Q.mT @ Q
+    found.diagonal(dim1=-2, dim2=-1).sub_(1)
+    out[where] = torch.where(close[where, None, None], found, 0.0)
 
 
 def tall_product(A: Tensor, B: Tensor) -> Tensor:
@@ -305,8 +356,8 @@ def observed(grams: Tensor, s: Tensor) -> tuple[Small, Tensor, Tensor, Tensor]:
     return Small(grams, s * real, real, C), finite, moves, torch.where(moves, norms, 0.0)
 
 
-def solve(small: Small, beta: float | Tensor, factor: Tensor | None) -> Weights:
-    """Return the weights that update the factors.
+def solve(small: Small, beta: float | Tensor, factor: Tensor | None) -> tuple[Weights, Tensor]:
+    """Return the weights that update the factors, before they are polished, and (2B,) how close it was.
 
     Args:
         small: of stored factors; completion columns do not enter the tangent space.
@@ -314,8 +365,8 @@ def solve(small: Small, beta: float | Tensor, factor: Tensor | None) -> Weights:
         factor: of the gradient, 0-dim float64, or None for 1.
     """
     r = small.s.shape[-1]
-    # Once is enough: a second time would not mend the rounding of the Gram matrices themselves.
-    T, N = tall_columns(small.grams.flatten(0, 1))
+    # A second time would not mend the rounding of the Gram matrices themselves.
+    T, N, closest = tall_columns(small.grams.flatten(0, 1), _LOST)
     (Tu, Tv), (Nu, Nv) = T.chunk(2), N.chunk(2)
 
     # Q'(beta M + Ghat)P = Tu [[beta diag(s) - f C, f real], [f real, 0]] Tv'
@@ -336,7 +387,7 @@ def solve(small: Small, beta: float | Tensor, factor: Tensor | None) -> Weights:
     terms = torch.maximum(f * sketched, decayed).amax(dim=-1, keepdim=True)
     # A factorization that failed stays visible as NaN.
     found = torch.where(found <= torch.finfo(torch.float32).eps * terms, 0.0, found)
-    return Weights(Nu @ completed(X, r), found, Nv @ Y)
+    return Weights(Nu @ completed(X, r), found, Nv @ Y), closest
 
 
 def extended(A: Tensor, B: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
@@ -355,7 +406,8 @@ def seen_columns(small: Small) -> tuple[Tensor, Tensor]:
     """
     r = small.s.shape[-1]
     real = small.real.repeat(1, 2)
-    R, N = tall_columns((small.grams * real[:, :, None] * real[:, None, :]).flatten(0, 1), twice=True)
+    grams = (small.grams * real[:, :, None] * real[:, None, :]).flatten(0, 1)
+    R, N = _again(grams, *tall_columns(grams)[:2])
     return R.diagonal(dim1=-2, dim2=-1)[:, r:].view(2, -1, r), N.view(2, -1, 2 * r, 2 * r)[..., r:]
 
 
@@ -375,7 +427,7 @@ def start(YY: Tensor, ZZ: Tensor, PY: Tensor, rank: int) -> Weights:
         YY, ZZ: Gram matrices Y'Y (P, l, l) and Z'Z (P, k, k) of the first window's sketches; finite.
         PY: Psi'Y (P, k, l).
     """
-    _, N = _again(YY, *pivoted_columns(YY, YY.diagonal(dim1=-2, dim2=-1)))
+    _, N = _again(YY, *pivoted_columns(YY, YY.diagonal(dim1=-2, dim2=-1))[:2])
     # Q = Y N;  G ~ Q X  with  X = (Psi'Q)^+ Z',  X' = Z F
     B, NB, _ = orthonormal(PY @ N)
     F = B @ NB.mT

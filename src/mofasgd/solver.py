@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mofasgd.algebra import Weights, by_gram, combine, extended, gram, observed, seen, seen_columns, solve
+from mofasgd.algebra import Weights, by_gram, combine, extended, gram, observed, polished, seen, seen_columns, solve
 from mofasgd.complement import seen_spaces
 from mofasgd.momentum import Factors, real_columns, real_factors, tangent_square_norm, update_factors
 
@@ -191,6 +191,7 @@ class GramBatch:
             gram(member.stored.U, member.GV, grams[0, first:end])
             gram(member.stored.V, member.GtU, grams[1, first:end])
         self.small, self.finite, self.moves, self.square_norms = observed(grams, s)
+        self._left, self._right = ([(m.stored[i], m.GV if i == 0 else m.GtU) for m in members] for i in (0, 2))
         self._solution: Weights | None = None
 
     @functools.cached_property
@@ -205,8 +206,10 @@ class GramBatch:
         """
         if self._solution is None:
             here = None if factor is None else factor.to(self.finite.device, torch.float64)
-            left, s, right = solve(self.small, self.beta, here)
+            (left, s, right), closest = solve(self.small, self.beta, here)
             s = s.to(self.dtype)
+            of_left, of_right = closest.chunk(2)
+            left, right = polished(self._left, left, of_left), polished(self._right, right, of_right)
             self._solution = Weights(left, s, right)
             # Finite sketches may still add up to a momentum beyond the largest number.
             fits = s.sum(dim=-1) < math.inf

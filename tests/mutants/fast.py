@@ -13,7 +13,7 @@ MUTANTS = [
     Mutant(
         "dependent columns kept",
         "algebra.py",
-        "kept[matrix, chosen] = real = pivot > DEPENDENT",
+        "kept[matrix, chosen] = real = pivot > least",
         "kept[matrix, chosen] = real = pivot > 0",
         "test_kernels.py::test_a_column_depends_on_others_by_its_distance_to_them",
     ),
@@ -27,7 +27,7 @@ MUTANTS = [
     Mutant(
         "LAPACK's order, however little is left of a column",
         "algebra.py",
-        "~((pivots >= SHARE * most) & (pivots > DEPENDENT)).all(dim=-1) | (failed != 0)",
+        "~((pivots >= SHARE * most) & (pivots > least)).all(dim=-1) | (failed != 0)",
         "failed != 0",
         "test_solver.py::test_the_update_keeps_its_budget_on_every_spectrum",
     ),
@@ -37,6 +37,27 @@ MUTANTS = [
         "j = tl.min(tl.where(left >= share * most, column, K), 0)",
         "j = tl.min(tl.where(left >= 0, column, K), 0)",
         "test_kernels.py::test_a_column_of_which_little_is_left_waits_for_one_that_shows_its_direction_better",
+    ),
+    Mutant(
+        "factors are not polished",
+        "algebra.py",
+        "return torch.baddbmm(weights, weights, excess, alpha=-0.5)",
+        "return weights",
+        "test_solver.py::test_what_is_close_to_the_momentum_is_neither_lost_nor_skewed",
+    ),
+    Mutant(
+        "what is close is lost",
+        "algebra.py",
+        "_LOST = 1e-11",
+        "_LOST = 8e-11",
+        "test_solver.py::test_what_is_close_to_the_momentum_is_neither_lost_nor_skewed",
+    ),
+    Mutant(
+        "the given order stays, however little is left of a column",
+        "kernels/columns.py",
+        "kept = kept & (pivot > least) & (pivot >= share * tl.max(left, 0))",
+        "kept = kept & (pivot > least)",
+        "test_kernels.py::test_the_given_order_stays_only_where_it_is_that_of_the_pivots",
     ),
     Mutant(
         "too few subspace iterations",

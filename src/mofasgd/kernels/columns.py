@@ -1,7 +1,8 @@
 """Orthonormal combinations of a matrix's columns from its Gram matrix, one launch for many.
 
 `pivoted_columns` equals that of `mofasgd.algebra`: Gram-Schmidt on the Gram matrix, a dependent column left out.
-`independent_columns` takes the columns in order, by blocks where they are many.
+`independent_columns` takes the columns in order, by blocks where they are many. Many columns are taken in order first,
+and only where that is not the order of the pivots one by one.
 """
 
 from __future__ import annotations
@@ -36,24 +37,53 @@ def _orthogonalize(A, row, column, k, least):
 
 
 @triton.jit
+def _kept_order(R, length, column, inside, k, least, share):
+    """Return whether R, made of columns of these lengths in order, is that of the pivots; and the smallest pivot."""
+    left = tl.zeros_like(length)
+    kept, closest = k > 0, tl.full([], 1.0, tl.float64)
+    for i in range(k):
+        # What is left of all columns when it is the turn of column j: the squares of this row and of those below.
+        j = k - 1 - i
+        line = tl.load(R + j * k + column, mask=inside, other=0.0) / length
+        left += line * line
+        pivot = tl.sum(tl.where(column == j, line * line, 0.0), 0)
+        kept = kept & (pivot > least) & (pivot >= share * tl.max(left, 0))
+        closest = tl.minimum(closest, pivot)
+    return kept, closest
+
+
+@triton.jit
 def _pivoted(
-    gram, squares, R, N, lines, own_lines, k, of_batch, of_column, least, share,
-    K: tl.constexpr, T: tl.constexpr,
+    gram, squares, R, N, lines, own_lines, closest, k, of_batch, of_column, least, share,
+    TRIED: tl.constexpr, K: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """R and N of the Gram matrix number program_id(0), its columns in the order of `algebra.pivoted_columns`.
 
-    `squares` has strides (of_batch, of_column). R, N: zeros. lines, own_lines: rows of R and columns of N in that
-    order, of unit columns, T at a time.
+    `squares` has strides (of_batch, of_column). TRIED: R and N hold the outcome of the given order, which stays if it
+    is that of the pivots. lines, own_lines: rows of R and columns of N in that order, of unit columns, T at a time.
     """
     number = tl.program_id(0).to(tl.int64)
     batch = number * k * k
     gram += batch
+    R += batch
+    N += batch
     lines += batch
     own_lines += batch
     column = tl.arange(0, K)
     inside = column < k
     length = tl.load(squares + number * of_batch + column * of_column, mask=inside, other=1.0)
     length = tl.sqrt(tl.where(length > 0, length, 1.0))
+    if TRIED:
+        done, smallest = _kept_order(R, length, column, inside, k, least, share)
+        if done:
+            tl.store(closest + number, smallest)
+            return
+        tl.debug_barrier()
+    for row in range(k):
+        tl.store(R + row * k + column, tl.zeros_like(length), mask=inside)
+        tl.store(N + row * k + column, tl.zeros_like(length), mask=inside)
+    tl.debug_barrier()
+    smallest = tl.full([], 1.0, tl.float64)
     left = tl.load(gram + column * (k + 1), mask=inside, other=0.0) / (length * length)
     # -1: its turn has been, or there is no such column.
     left = tl.where(inside, tl.maximum(left, 0.0), -1.0)
@@ -70,16 +100,19 @@ def _pivoted(
             part = tl.load(lines + before * k + j, mask=before < count, other=0.0)[:, None]
             line -= tl.sum(part * tl.load(lines + at, mask=mask, other=0.0), 0)
             own -= tl.sum(part * tl.load(own_lines + at, mask=mask, other=0.0), 0)
-        scale = _root(tl.sum(tl.where(column == j, line, 0.0), 0), least)
+        pivot = tl.sum(tl.where(column == j, line, 0.0), 0)
+        scale = _root(pivot, least)
+        smallest = tl.where(pivot > least, tl.minimum(smallest, pivot), smallest)
         line, own = tl.where(left >= 0, line, 0.0) * scale, own * scale
         tl.store(lines + count * k + column, line, mask=inside)
         tl.store(own_lines + count * k + column, own, mask=inside)
-        tl.store(R + batch + j * k + column, line * length, mask=inside)
-        tl.store(N + batch + column * k + j, own / length, mask=inside)
+        tl.store(R + j * k + column, line * length, mask=inside)
+        tl.store(N + column * k + j, own / length, mask=inside)
         left = tl.where((left >= 0) & (column != j), tl.maximum(left - line * line, 0.0), -1.0)
         count, most = count + 1, tl.max(left, 0)
         # The next column reads what other threads have stored.
         tl.debug_barrier()
+    tl.store(closest + number, smallest)
 
 
 @triton.jit
@@ -90,7 +123,7 @@ def _columns(gram, R, N, k, DEPENDENT: tl.constexpr, TWICE: tl.constexpr, K: tl.
     at = batch + row[:, None] * k + column[None, :]
     inside = (row < k)[:, None] & (column < k)[None, :]
     A = tl.load(gram + at, mask=inside, other=0.0)
-    length = _lengths(gram + batch, column, k)
+    length = _lengths(gram + batch, column, k, k + 1)
     R1, N1 = _orthogonalize(A / (length[:, None] * length[None, :]), row, column, k, DEPENDENT)
     R1, N1 = R1 * length[None, :], N1 / length[:, None]
     if TWICE:
@@ -103,9 +136,9 @@ def _columns(gram, R, N, k, DEPENDENT: tl.constexpr, TWICE: tl.constexpr, K: tl.
 
 
 @triton.jit
-def _lengths(gram, column, k):
-    """Return the lengths of columns with the Gram matrix at `gram`, 1 for those of zeros."""
-    square = tl.load(gram + column * (k + 1), mask=column < k, other=1.0)
+def _lengths(squares, column, k, stride):
+    """Return the lengths of columns whose squares stand at `squares`, 1 for those of zeros."""
+    square = tl.load(squares + column * stride, mask=column < k, other=1.0)
     return tl.sqrt(tl.where(square > 0, square, 1.0))
 
 
@@ -117,11 +150,13 @@ def _block(A, i, j, k, T: tl.constexpr):
 
 
 @triton.jit
-def _blocked(gram, R, N, k, least, UNIT: tl.constexpr, T: tl.constexpr):
+def _blocked(gram, squares, R, N, k, of_batch, of_column, least, UNIT: tl.constexpr, T: tl.constexpr):
     """`_orthogonalize` of the Gram matrix number program_id(0), by blocks of T columns.
 
-    UNIT: `least` is a part of a column's square. Nothing else depends on the columns' lengths.
+    UNIT: `least` is a part of a column's square, in `squares` with strides (of_batch, of_column). Nothing else depends
+    on the columns' lengths.
     """
+    squares += tl.program_id(0).to(tl.int64) * of_batch
     batch = tl.program_id(0).to(tl.int64) * k * k
     gram += batch
     R += batch
@@ -142,7 +177,7 @@ def _blocked(gram, R, N, k, least, UNIT: tl.constexpr, T: tl.constexpr):
             if other > j:
                 rest = tl.dot(tl.trans(own), rest, out_dtype=tl.float64)
             elif UNIT:
-                length = _lengths(gram, j * T + column, k)
+                length = _lengths(squares, j * T + column, k, of_column)
                 rest = rest / (length[:, None] * length[None, :])
                 rest, own = _orthogonalize(rest, row, column, tl.minimum(T, k - j * T), least)
                 rest, own = rest * length[None, :], own / length[:, None]
@@ -171,11 +206,13 @@ def _blocked(gram, R, N, k, least, UNIT: tl.constexpr, T: tl.constexpr):
         tl.debug_barrier()
 
 
-def _by_blocks(gram: Tensor, least: float, unit: bool) -> tuple[Tensor, Tensor]:
+def _by_blocks(gram: Tensor, squares: Tensor, least: float, unit: bool) -> tuple[Tensor, Tensor]:
     R, N = torch.empty_like(gram), torch.empty_like(gram)
     with torch.cuda.device_of(gram):
         k = gram.shape[-1]
-        _blocked[(len(gram),)](gram, R, N, k, least, UNIT=unit, T=16, num_warps=1 if k <= 64 else 2)
+        _blocked[(len(gram),)](
+            gram, squares, R, N, k, *squares.stride(), least, UNIT=unit, T=16, num_warps=1 if k <= 64 else 2
+        )  # fmt: skip
     return R, N
 
 
@@ -189,10 +226,11 @@ def independent_columns(gram: Tensor, dependent: float, twice: bool = True) -> t
     gram = gram.contiguous()
     if k > (64 if twice else 32):
         # Too large for the registers of one program, or slower there.
-        R1, N1 = _by_blocks(gram, dependent, True)
+        squares = gram.diagonal(dim1=-2, dim2=-1)
+        R1, N1 = _by_blocks(gram, squares, dependent, True)
         if not twice:
             return R1, N1
-        R2, N2 = _by_blocks(N1.mT @ (gram @ N1), 0.5, False)
+        R2, N2 = _by_blocks(N1.mT @ (gram @ N1), squares, 0.5, False)
         return R2 @ R1, N1 @ N2
     R, N = torch.empty_like(gram), torch.empty_like(gram)
     K = max(16, triton.next_power_of_2(k))
@@ -202,18 +240,20 @@ def independent_columns(gram: Tensor, dependent: float, twice: bool = True) -> t
     return R, N
 
 
-def pivoted_columns(gram: Tensor, squares: Tensor, dependent: float, share: float) -> tuple[Tensor, Tensor]:
-    """Return (R, N) (B, k, k) of finite Gram matrices (B, k, k), float64, whose columns have these `squares` (B, k).
+def pivoted_columns(gram: Tensor, squares: Tensor, least: float, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (R, N) (B, k, k) of finite Gram matrices (B, k, k), whose columns have these `squares` (B, k); how close.
 
-    `dependent` and `share` are `algebra.DEPENDENT` and `algebra.SHARE`.
+    All float64. `least` and `share` are `algebra.DEPENDENT` and `algebra.SHARE`; the last is as there.
     """
     batch, k, _ = gram.shape
     gram = gram.contiguous()
-    R, N, lines, own_lines = (torch.zeros_like(gram) for _ in range(4))
+    tried = k > 64
+    R, N = _by_blocks(gram, squares, least, True) if tried else (torch.empty_like(gram), torch.empty_like(gram))
+    lines, own_lines, closest = torch.empty_like(gram), torch.empty_like(gram), gram.new_empty(batch)
     K = max(16, triton.next_power_of_2(k))
     with torch.cuda.device_of(gram):
         _pivoted[(batch,)](
-            gram, squares, R, N, lines, own_lines, k, *squares.stride(), dependent, share,
-            K=K, T=max(1, min(16, 4096 // K)), num_warps=max(1, min(8, K // 32)),
+            gram, squares, R, N, lines, own_lines, closest, k, *squares.stride(), least, share,
+            TRIED=tried, K=K, T=max(1, min(16, 4096 // K)), num_warps=max(1, min(8, K // 32)),
         )  # fmt: skip
-    return R, N
+    return R, N, closest

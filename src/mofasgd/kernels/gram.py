@@ -1,7 +1,8 @@
 """Products of the tall factors with float64 accuracy, without float64 copies of them.
 
 `gram` equals L' L and `combine` equals L W in float64, for L = [U GV] (m, 2r) in float32; `advance` puts L W in place
-of U. But for narrow factors a tile is of U or of GV alone: it stays float32 until a thread multiplies it.
+of U, and `excess` equals (L W)' L W - I. But for narrow factors a tile is of U or of GV alone: it stays float32 until a
+thread multiplies it.
 """
 
 from __future__ import annotations
@@ -111,6 +112,45 @@ def _combine(
         tl.store(other + turned, total.to(tl.float32).to(other.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _columns_of(U, S, W, rows, columns, m, rank, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    """Return these rows and columns of [U S] W in float64, zeros outside."""
+    total = tl.zeros((M, N), dtype=tl.float64)
+    inside, own = (rows < m)[:, None], (columns < rank)[None, :]
+    for side in tl.static_range(2):
+        A = U if side == 0 else S
+        for start in range(0, rank, K):
+            k = start + tl.arange(0, K)
+            real = k < rank
+            A_k = tl.load(A + rows[:, None] * rank + k[None, :], mask=inside & real[None, :], other=0.0)
+            at = (side * rank + k)[:, None] * rank + columns[None, :]
+            W_k = tl.load(W + at, mask=real[:, None] & own, other=0.0)
+            total = tl.dot(A_k.to(tl.float64), W_k, total, out_dtype=tl.float64)
+    return total
+
+
+@triton.jit
+def _excess(
+    U, S, weights, close, out, m, rank, across, M: tl.constexpr, T: tl.constexpr, K: tl.constexpr
+):  # fmt: skip
+    """Tile (i, j) of T x T elements of ([U S] W)' [U S] W - I, where `close`; hardly ever, hence by one program."""
+    batch = tl.program_id(1).to(tl.int64)
+    if tl.load(close + batch):
+        U += batch * m * rank
+        S += batch * m * rank
+        weights += batch * 2 * rank * rank
+        left = (tl.program_id(0) // across) * T + tl.arange(0, T)
+        right = (tl.program_id(0) % across) * T + tl.arange(0, T)
+        total = tl.where(left[:, None] == right[None, :], -1.0, 0.0).to(tl.float64)
+        for start in range(0, m, M):
+            rows = start + tl.arange(0, M)
+            A = _columns_of(U, S, weights, rows, left, m, rank, M, T, K)
+            B = _columns_of(U, S, weights, rows, right, m, rank, M, T, K)
+            total = tl.dot(tl.trans(A), B, total, out_dtype=tl.float64)
+        mask = (left < rank)[:, None] & (right < rank)[None, :]
+        tl.store(out + batch * rank * rank + left[:, None] * rank + right[None, :], total, mask=mask)
+
+
 def _gram_cut(rank: int) -> Cut:
     wide = max(16, triton.next_power_of_2(rank))
     return Cut(32, 32 if wide == 16 else min(64, wide), 0, 4)
@@ -180,3 +220,15 @@ def advance(
     """
     assert U.is_contiguous()
     _launch(U, S, weights, U, active, _whole_cut(U.shape[-1]), scale, other)
+
+
+def excess(U: Tensor, S: Tensor, weights: Tensor, close: Tensor, out: Tensor) -> None:
+    """Put ([U S] W)' [U S] W - I into `out` (B, r, r) where `close` (B,) bool; the others are as in `combine`."""
+    batch, m, rank = U.shape
+    T = 16 if rank <= 16 else 32
+    across = triton.cdiv(rank, T)
+    with torch.cuda.device_of(U):
+        _excess[(across**2, batch)](
+            U.contiguous(), S.contiguous(), weights.contiguous(), close, out, m, rank, across, M=32, T=T, K=16,
+            num_warps=4,
+        )  # fmt: skip
