@@ -223,3 +223,17 @@ def test_a_recording_of_the_memory_names_the_allocations(tmp_path):
     sizes = [entry["size"] for trace in content["device_traces"] for entry in trace if entry["action"] == "alloc"]
     assert held.nbytes in sizes
     assert after.nbytes not in sizes
+
+
+def test_an_expert_that_no_token_reaches_stays_as_it_is():
+    experts = nn.ModuleList(nn.Linear(64, 48, bias=False) for _ in range(2)).to(CUDA, torch.bfloat16)
+    opt = MoFaSGD(experts.parameters(), lr=0.1, rank=8)
+    opt.attach(experts, mode="sketch")
+    for _ in range(3):
+        before = [expert.weight.detach().clone() for expert in experts]
+        x = torch.randn(5, 64, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+        (experts[0](x).square().sum() + experts[1](x[:0]).sum()).backward()
+        opt.step()
+        opt.zero_grad()
+        assert not torch.equal(before[0], experts[0].weight)
+        assert torch.equal(before[1], experts[1].weight)
