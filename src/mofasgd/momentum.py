@@ -58,8 +58,9 @@ def power_of_two(*tensors: Tensor) -> Tensor:
 
 
 def _svd(A: Tensor, rank: int) -> Factors:
-    U, s, Vh = torch.linalg.svd(A, full_matrices=False)
-    return Factors(U[..., :rank], s[..., :rank], Vh[..., :rank, :].mT)
+    # In float32, CUDA's own is orthonormal to some 1e-5 only.
+    U, s, Vh = torch.linalg.svd(A.double() if A.is_cuda else A, full_matrices=False)
+    return Factors(*(t.to(A.dtype) for t in (U[..., :rank], s[..., :rank], Vh[..., :rank, :].mT)))
 
 
 @in_true_float32
