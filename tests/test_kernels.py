@@ -218,10 +218,11 @@ def test_a_basis_is_extended_in_float64(rank):
 def test_products_with_rounded_bases_are_as_good_as_float32(m, width, dtype):
     from mofasgd.kernels.factors import cross
 
-    A, S = normal(2, m, width), normal(2, m, width)
+    A, halves = normal(2, m, width), [normal(2, m, width // 2) for _ in range(2)]
+    S = torch.cat(halves, dim=-1)
     low = A.to(dtype).double()
     expected = torch.stack([A.double().mT @ low, S.double().mT @ low], dim=1)
-    assert (cross(A, S, dtype) - expected).abs().max() <= 1e-6 * m**0.5 * 10
+    assert (cross(A, halves, dtype) - expected).abs().max() <= 1e-6 * m**0.5 * 10
     assert (cross(A, None, dtype) - expected[:, :1]).abs().max() <= 1e-6 * m**0.5 * 10
 
 
@@ -231,15 +232,16 @@ def test_products_with_rounded_bases_are_as_good_as_float32(m, width, dtype):
 def test_factors_are_joined_and_measured(width, dtype, left):
     from mofasgd.kernels.factors import join
 
-    A, S = normal(3, 150, width), normal(3, 150, width)
+    A, halves = normal(3, 150, width), [normal(3, 150, width // 2) for _ in range(2)]
     W = normal(3, (1 + left) * width, width)
     inverse = torch.tensor([1.0, 0.0, 2.0], device=DEVICE)
     A[1, 3, 2] = torch.nan
-    S[1, 5, 1] = torch.inf
+    halves[0][1, 5, 1] = torch.inf
+    S = torch.cat(halves, dim=-1)
     product = S.double() @ W[:, :width].double() + (A.double() @ W[:, width:].double() if left else 0)
     expected = torch.cat([3 * A.double(), product] if left else [product, 3 * A.double()], dim=-1)
     expected[1] = 0
-    found, squares = join(A, S, W, inverse, 3.0, dtype, left=left)
+    found, squares = join(A, halves, W, inverse, 3.0, dtype, left=left)
     # float16's rounding of an element, or sums of `width` products of size 1 in float32.
     rounding = 2.0**-11 if dtype is torch.float16 else 1e-6
     assert torch.allclose(found.double(), expected, rtol=rounding, atol=1e-6 * width)

@@ -306,7 +306,10 @@ class Update:
             transposed = self.group["transposed"]
             c = complement_scale(self.group["complement"], self.shape.m, self.shape.n)
             Q, P = (space.contiguous() for space in spaces)
-            residual = residual_factors(gradients, Q, P, self.sizes)
+            # The first halves of Q and P are the stored factors, but those of M_1 where it starts.
+            sketched = None if self.starts else self.problem
+            known = None if sketched is None else (sketched.GV, sketched.GtU)
+            residual = residual_factors(gradients, Q, P, self.sizes, known)
             scales = row_scales(gradients, residual, transposed=transposed) * c
             square_norm = None if square_norm is None else square_norm + c * c * complement_square_norm(scales)
         rates, keep = self._rates(active, lr_factor(self.group, self.shape, square_norm))

@@ -101,7 +101,7 @@ def sketch_list(
 
     Args:
         gradients: contiguous, of one shape and dtype, b matrices (m, n) each; None counts as zeros.
-        left, right: U (B, m, q) and V (B, n, r), contiguous; B = len(gradients) * b.
+        left, right: U (B, m, q) and V (B, n, r); B = len(gradients) * b.
         cut: for measurements.
     """
     if right.shape[-1] > WIDEST or left.shape[-1] > WIDEST:
@@ -155,7 +155,7 @@ def _stored(factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a factor as the kernel reads it: in `dtype`; a width like 145 padded with zeros to a multiple of 16."""
     width = factor.shape[-1]
     if width <= 32 or width % 16 == 0:
-        return factor.to(dtype)
+        return factor.to(dtype).contiguous()
     # Rows of another width are not aligned, and each of their elements would be a load of its own.
     stored = factor.new_zeros(*factor.shape[:-1], -width % 16 + width, dtype=dtype)
     stored[..., :width] = factor
