@@ -1,5 +1,11 @@
 """Triton kernels against the torch functions that they equal: in the interpreter on a CPU, compiled on a GPU."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -196,6 +202,21 @@ def test_norms_found_with_the_sketches_keep_their_accuracy_at_every_scale(shape)
         matrices[0][1, 3, 5] = bad
         squares = sketch_and_measure(gradients, U, V)[2]
         assert norms_of(gradients, 16, squares).isfinite().tolist() == [True, False, *[True] * 14]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("rank", [32, 64])
+def test_no_tile_is_loaded_while_it_is_multiplied(rank, turned):
+    # Triton buffers a tile that is also read into registers once too little: results are wrong now and then.
+    command = [sys.executable, str(Path(__file__).with_name("compiled_sketches.py")), str(rank), "measure"]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(command + ["turned"] * turned, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    # The tile and the factor, for either half of the products.
+    assert found["buffers"] == [found["stages"]] * 4
+    assert found["into registers"] == 0
+    assert found["products"] == 3
 
 
 def test_only_matrices_without_a_norm_are_read_for_it():

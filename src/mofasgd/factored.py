@@ -310,7 +310,7 @@ class Update:
             # The first halves of Q and P are the stored factors, by which G has been sketched, but at a start M_1's.
             known = None if self.starts or self.problem is None else (self.problem.GV, self.problem.GtU)
             residual = residual_factors(gradients, Q, P, self.sizes, known)
-            scales = row_scales(gradients, residual, transposed=transposed) * c
+            scales = row_scales(gradients, residual, transposed=transposed)
             square_norm = None if square_norm is None else square_norm + c * c * complement_square_norm(scales)
         rates, keep = self._rates(active, lr_factor(self.group, self.shape, square_norm))
         keep = self.bucket.ones(rates) if keep is None else keep
@@ -331,7 +331,7 @@ class Update:
             apply_factored(weights, left, right, keep, keys, self.steps, stochastic=how)
             return
         step = (left, right, keep, keys, self.steps)
-        scales = scales * rates[:, None]
+        scales = scales * (c * rates[:, None])
         apply_complement(weights, gradients, residual, scales, *step, stochastic=how, transposed=transposed)
 
     def _held(self, part: Part, left: Tensor, right: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:

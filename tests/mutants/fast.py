@@ -188,8 +188,8 @@ MUTANTS = [
     Mutant(
         "the new half of the sketches read as the known one",
         "kernels/factors.py",
-        "tl.load(second + rows[:, None] * half + (columns - half)[None, :]",
-        "tl.load(first + rows[:, None] * half + (columns - half)[None, :]",
+        "first + inside, second + (inside - half))",
+        "first + inside, first + (inside - half))",
         "test_kernels.py::test_factors_are_joined_and_measured",
     ),
     Mutant(

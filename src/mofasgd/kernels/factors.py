@@ -24,9 +24,9 @@ def _tile(A, rows, columns, m, width):
 @triton.jit
 def _both(first, second, rows, columns, m, half):
     """Return elements of [first second] (m, 2 half), zeros outside."""
-    value = _tile(first, rows, columns, m, half)
-    mask = (rows < m)[:, None] & ((columns >= half) & (columns < 2 * half))[None, :]
-    return value + tl.load(second + rows[:, None] * half + (columns - half)[None, :], mask=mask, other=0.0)
+    inside = rows[:, None] * half + columns[None, :]
+    at = tl.where((columns < half)[None, :], first + inside, second + (inside - half))
+    return tl.load(at, mask=(rows < m)[:, None] & (columns < 2 * half)[None, :], other=0.0)
 
 
 @triton.jit
