@@ -17,6 +17,9 @@ from mofasgd.kernels.common import TYPES, matrix_at
 
 _CHUNK, _BLOCK = 1 << 16, 1 << 13
 
+_RARE = 1 << 19
+"""Elements of a chunk where hardly a matrix is read: programs that do nothing take time as well."""
+
 _LEAST = 2.0**-60
 """Float32 sums of squares from here on are right: elements whose squares vanish, below 2^-63, add nothing to them."""
 
@@ -36,7 +39,7 @@ def _norms(
         square = tl.load(known + batch)
         right = (square >= least) & (square < float("inf"))
         total = tl.where(right & (first == 0), square, total)
-        last = tl.where(right, 0, CHUNK)
+        last = tl.where(right, 0, tl.minimum(size - first, CHUNK))
     for start in tl.range(0, last, BLOCK, num_stages=3):
         at = first + start + tl.arange(0, BLOCK)
         value = tl.load(A + at, mask=(at < size) & exists, other=0.0).to(tl.float32)
@@ -59,11 +62,12 @@ def norms_of(tensors: Sequence[Tensor | None], batch: int, squares: Tensor | Non
     slices = batch // len(tensors)
     size = some.numel() // slices
     table, aligned = pointers(tensors, slices, size * some.element_size(), some.device)
-    count = triton.cdiv(size, _CHUNK)
+    chunk = _CHUNK if squares is None else _RARE
+    count = triton.cdiv(size, chunk)
     parts = torch.empty(batch, count, dtype=torch.float64, device=some.device)
     with torch.cuda.device_of(some):
         _norms[(count, batch)](
-            table, parts if squares is None else squares, parts, size, _LEAST, CHUNK=_CHUNK, BLOCK=_BLOCK,
+            table, parts if squares is None else squares, parts, size, _LEAST, CHUNK=chunk, BLOCK=_BLOCK,
             DTYPE=TYPES[some.dtype], ALIGNED=aligned, KNOWN=squares is not None, num_warps=8,
         )  # fmt: skip
     return parts.sum(dim=1).sqrt()
