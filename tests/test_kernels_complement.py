@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from mofasgd.apply import Rounding, apply_update
 from mofasgd.complement import normalized_complement, seen_spaces
 from mofasgd.kernels.complement import Tiles, apply_complement, row_squares
+from mofasgd.kernels.project import sketch_list
 from mofasgd.momentum import sketch
 from mofasgd.residual import complement_square_norm, residual_factors, row_scales
 from mofasgd.rng import ROUNDING, key_of, key_tensor
@@ -53,10 +54,10 @@ def expected(Q, P, G, transposed, dtype=torch.float64):
     return normalized_complement(P, Q, G.mT).mT if transposed else normalized_complement(Q, P, G)
 
 
-def complement(gradients, Q, P, transposed=False, tiles=None):
+def complement(gradients, Q, P, transposed=False, tiles=None, known=None):
     """Return (E, row scales), E by `apply_complement` into weights of zeros."""
     Q, P = Q.to(DEVICE), P.to(DEVICE)
-    residual = residual_factors(gradients, Q, P)
+    residual = residual_factors(gradients, Q, P, known=known)
     scales = row_scales(gradients, residual, transposed=transposed)
     shape = next(g for g in gradients if g is not None).shape
     weights = [torch.zeros(shape, device=DEVICE) for _ in gradients]
@@ -101,6 +102,33 @@ def test_complement_equals_the_reference(count, slices, m, n, rank, transposed, 
     E, scales = complement(split(G, count), Q, P, transposed)
     assert_rows_close(E, wanted, dtype, transposed)
     torch.testing.assert_close(complement_square_norm(scales), torch.ones(count * slices))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_sketches_that_are_known_need_not_be_made_again(transposed, dtype):
+    m, n, rank = 70, 50, 6
+    G = gradient(2, m, n, rank, dtype)
+    U, V = orthonormal(2, m, rank), orthonormal(2, n, rank)
+    # The last columns of some factors complete them: the step has sketched by them, and the complement sees none.
+    real = torch.arange(rank) < torch.tensor([[4], [6]])
+    seen = U * real[:, None], V * real[:, None]
+    Q, P = seen_spaces(*seen, *sketch(G.float(), *seen), torch.linalg.matrix_norm(G.double()))
+    wanted = expected(Q, P, G, transposed)
+    gradients = split(G, 2)
+    Q, P = Q.to(DEVICE), P.to(DEVICE)
+    GV, GtU = sketch_list(gradients, U.to(DEVICE), V.to(DEVICE))
+    zeros = ~real[:, None].to(DEVICE)
+    assert (GV * zeros).any()
+    assert (GtU * zeros).any()
+    plain = complement(gradients, Q, P, transposed)
+    for own in (1.0, 0.0, -1.0):
+        known = torch.where(zeros, own * GV, GV), torch.where(zeros, own * GtU, GtU)
+        E, scales = complement(gradients, Q, P, transposed, known=known)
+        assert_rows_close(E, wanted, dtype, transposed)
+        # Not only nearly: there is no place where they count.
+        assert torch.equal(scales, plain[1])
+        assert torch.equal(E, plain[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

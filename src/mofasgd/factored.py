@@ -133,6 +133,7 @@ class Update:
 
     problem: ExactProblem | GramProblem | None
     starts = False
+    _squares: Tensor | None = None
 
     def __init__(self, bucket: Bucket, context: Context) -> None:
         self.bucket, self.members, self.context = bucket, bucket.members, context
@@ -143,8 +144,9 @@ class Update:
 
     def sketch(self) -> None:
         """Sketch the gradients: set `problem`."""
-        sketches = sketch_all([member.gradient for member in self.members], self.stored.U, self.stored.V, self.b)
-        self.problem = problem(self.context.solver, self.stored, *sketches, self.beta)
+        (U, _, V), gradients = self.stored, [member.gradient for member in self.members]
+        GV, GtU, self._squares = sketch_all(gradients, U, V, self.b, measure=bool(self.group["complement"]))
+        self.problem = problem(self.context.solver, self.stored, GV, GtU, self.beta)
 
     def observe(self) -> None:
         """Set `finite`, `active` and `square_norms` by the sketches, once their problem has been measured."""
@@ -198,7 +200,7 @@ class Update:
         if tensors := self._gradients():
             from mofasgd.kernels.norm import norms_of
 
-            return norms_of(tensors, len(self.active))
+            return norms_of(tensors, len(self.active), self._squares)
         matrices = [matrix for member in self.members for matrix in member.dense().unbind(0)]
         return torch.stack(torch._foreach_norm(matrices, 2, dtype=torch.float64))
 
@@ -280,8 +282,7 @@ class Update:
         small = param.numel() < 1 << 33
         if not (plain and small and usable(param.device)):
             return False
-        held = [m.param if m.part is None else local(m.param) for m in self.members]
-        return all(map(Tensor.is_contiguous, held))
+        return all((m.param if m.part is None else local(m.param)).is_contiguous() for m in self.members)
 
     def _rates(self, active: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor | None]:
         """Return lr * scale where active (B,), and what decay leaves of each matrix (B,), None: all."""
@@ -306,15 +307,16 @@ class Update:
             transposed = self.group["transposed"]
             c = complement_scale(self.group["complement"], self.shape.m, self.shape.n)
             Q, P = (space.contiguous() for space in spaces)
-            residual = residual_factors(gradients, Q, P, self.sizes)
-            scales = row_scales(gradients, residual, transposed=transposed) * c
+            # The first halves of Q and P are the stored factors, by which G has been sketched, but at a start M_1's.
+            known = None if self.starts or self.problem is None else (self.problem.GV, self.problem.GtU)
+            residual = residual_factors(gradients, Q, P, self.sizes, known)
+            scales = row_scales(gradients, residual, transposed=transposed)
             square_norm = None if square_norm is None else square_norm + c * c * complement_square_norm(scales)
         rates, keep = self._rates(active, lr_factor(self.group, self.shape, square_norm))
         keep = self.bucket.ones(rates) if keep is None else keep
         keys = self.bucket.rounding_keys(self.context.seed)
         weights = [member.param for member in self.members]
-        scale = height * rates[:, None]
-        left, right = store(self.stored, after, active, scale, weights[0].dtype, turned=spaces is None)
+        left, right = store(self.stored, after, active, height * rates[:, None], weights[0].dtype)
         self.stored.s.copy_(s)
         self._count(active)
         how = self.context.stochastic_rounding
@@ -328,8 +330,8 @@ class Update:
         if spaces is None:
             apply_factored(weights, left, right, keep, keys, self.steps, stochastic=how)
             return
-        scales = scales * rates[:, None]
         step = (left, right, keep, keys, self.steps)
+        scales = scales * (c * rates[:, None])
         apply_complement(weights, gradients, residual, scales, *step, stochastic=how, transposed=transposed)
 
     def _held(self, part: Part, left: Tensor, right: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:

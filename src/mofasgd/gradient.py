@@ -147,26 +147,29 @@ class Gradient(Protocol):
         """
 
 
-def sketch_all(gradients: Sequence[Gradient | None], U: Tensor, V: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+def sketch_all(
+    gradients: Sequence[Gradient | None], U: Tensor, V: Tensor, batch: int, *, measure: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return (G V, G' U) of parameters of one shape, `batch` matrices each: (B, m, r) and (B, n, r), None as zeros.
 
     Gradients are never stacked: products run per parameter, or in one kernel over the list of them.
-    """
-    tensors = dense_tensors(gradients, U.dtype)
-    if tensors:
-        from mofasgd.kernels.project import sketch_list
 
-        return sketch_list(tensors, U, V)
+    With `measure` the third is |G|_F^2 (B,) float64 as `kernels.norm.norms_of` takes it, if it costs no read of G.
+    """
+    if tensors := dense_tensors(gradients, U.dtype):
+        from mofasgd.kernels.project import sketch_and_measure, sketch_list
+
+        return sketch_and_measure(tensors, U, V) if measure else (*sketch_list(tensors, U, V), None)
     ready = [pair for gradient in gradients if gradient is not None and (pair := gradient.ready()) is not None]
     if len(ready) == len(gradients):
         # A view for each of hundreds of layers would cost more than these two kernels.
-        return torch.stack([GV for GV, _ in ready]), torch.stack([GtU for _, GtU in ready])
+        return torch.stack([GV for GV, _ in ready]), torch.stack([GtU for _, GtU in ready]), None
     parts = []
     for i, gradient in enumerate(gradients):
         u, v = U[i * batch : (i + 1) * batch], V[i * batch : (i + 1) * batch]
         parts.append((torch.zeros_like(u), torch.zeros_like(v)) if gradient is None else gradient.sketches(u, v))
     GV, GtU = (torch.cat(part) for part in zip(*parts, strict=True))
-    return GV, GtU
+    return GV, GtU, None
 
 
 def dense_tensors(gradients: Sequence[Gradient | None], dtype: torch.dtype) -> list[Tensor | None]:

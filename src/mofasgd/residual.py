@@ -2,7 +2,8 @@
 
 Equals `mofasgd.complement.normalized_complement`, and with `kernels.complement` `apply.apply_update`. In three calls:
 
-    residual_factors   R = G - [Q H] [T P]',  T = G'Q,  H = G P - Q T'P      two reads of G, by `kernels.project`
+    residual_factors   R = G - [Q H] [T P]',  T = G'Q,  H = G P - Q T'P      two reads of G, by `kernels.project`,
+                                                                            for the half of Q and P that is new
     row_scales         a_i = 1 / (|R_i| sqrt(m)), or 0 for what is no direction       one read of G
     kernels.complement.apply_complement    W <- keep W - (L V' + diag(scales) R)      one read of G, W in place
 
@@ -85,7 +86,13 @@ def _weights(of_Q: Tensor, of_P: Tensor, size: Tensor, bound: float) -> tuple[Te
     return to_H, to_T, torch.where(finite, inverse, 0.0)
 
 
-def residual_factors(gradients: Sequence[Tensor | None], Q: Tensor, P: Tensor, size: Tensor | None = None) -> Residual:
+def residual_factors(
+    gradients: Sequence[Tensor | None],
+    Q: Tensor,
+    P: Tensor,
+    size: Tensor | None = None,
+    known: tuple[Tensor, Tensor] | None = None,
+) -> Residual:
     """Return what `row_scales` and `kernels.complement.apply_complement` need beside the gradients.
 
     Args:
@@ -93,13 +100,19 @@ def residual_factors(gradients: Sequence[Tensor | None], Q: Tensor, P: Tensor, s
             zeros.
         Q, P: from `complement.seen_spaces`, (B, m, 2r) and (B, n, 2r), float32, contiguous; B = len(gradients) * b.
         size: |G|_F (B,) float64, if it is known; else one more read of G.
+        known: sketches of these gradients by the first r columns of P and Q, as `kernels.project` makes them,
+            (B, m, r) and (B, n, r), float32, contiguous; None: two more reads of G. Where such a column is zero, the
+            sketch may be that by the completion in its place: what it makes is multiplied by zeros.
     """
     from mofasgd.kernels.factors import cross, join
     from mofasgd.kernels.norm import norms_of
     from mofasgd.kernels.project import sketch_list
 
     dtype = next(g for g in gradients if g is not None).dtype
-    GP, GtQ = sketch_list(gradients, Q, P)
+    (U, Qnew), (V, Pnew) = Q.chunk(2, dim=-1), P.chunk(2, dim=-1)
+    GV, GtU = sketch_list(gradients, U, V) if known is None else known
+    GPnew, GtQnew = sketch_list(gradients, Qnew, Pnew)
+    GP, GtQ = (GV, GPnew), (GtU, GtQnew)
     size = norms_of(gradients, len(Q)) if size is None else size
     low, bound = (torch.float32, 1.0) if dtype is torch.float32 else (torch.float16, _HALF)
     to_H, to_T, inverse = _weights(cross(Q, None, dtype)[:, 0], cross(P, GtQ, dtype), size, bound)

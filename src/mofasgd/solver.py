@@ -65,14 +65,14 @@ class Products(NamedTuple):
         """Singular values after the step (B, r)."""
         return self.weights.s
 
-    def store(self, active: Tensor, scale: Tensor, left: Tensor, right: Tensor | None) -> None:
+    def store(self, active: Tensor, scale: Tensor, left: Tensor, right: Tensor) -> None:
         """Put U and V into the state where `active` (B,).
 
         Args:
             active: the matrices that move.
             scale: (B, r) float32.
             left: becomes U diag(scale), (B, m, r), in its dtype; zeros where not active.
-            right: becomes V', (B, r, n), in its dtype, zeros where not active; None: it is not wanted.
+            right: becomes V', (B, r, n), in its dtype, zeros where not active.
         """
         from mofasgd.kernels.gram import advance
 
@@ -223,19 +223,19 @@ def replace_in(old: Tensor, new: Tensor, active: Tensor) -> None:
 
 
 def store(
-    stored: Factors, after: Factors | Products, active: Tensor, scale: Tensor, dtype: torch.dtype, *, turned: bool
+    stored: Factors, after: Factors | Products, active: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Put U and V of `after` in place of the stored ones where active (B,); return what moves the weights there.
 
-    That is U diag(scale) (B, m, r) in `dtype`, rounded once; and V (B, n, r): with `turned` it may come in `dtype`, its
-    transpose contiguous, as kernels.apply reads it. `scale` is (B, r).
+    That is U diag(scale) (B, m, r) in `dtype`, rounded once; and V (B, n, r), which may come in `dtype`, its transpose
+    contiguous, as kernels read it. `scale` is (B, r).
     """
     U, _, V = stored
     left = torch.empty_like(U, dtype=dtype)
     if isinstance(after, Products):
-        right = left.new_empty(len(V), V.shape[2], V.shape[1]) if turned else None
+        right = left.new_empty(len(V), V.shape[2], V.shape[1])
         after.store(active, scale, left, right)
-        return left, V if right is None else right.mT
+        return left, right.mT
     replace_in(U, after.U, active)
     replace_in(V, after.V, active)
     torch.mul(U, scale[:, None, :], out=left)

@@ -73,6 +73,14 @@ def _tiles(rank: int, bfloat16: bool) -> Tiles:
     return Tiles(64 if rank <= 128 else 128, 64, 256, 1024, 4 if rank <= 64 else 8, 3)
 
 
+def turned(right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return V' (B, r, n) of V (B, n, r), contiguous and in `dtype`: its rows are read as they lie in a tile of W."""
+    right = right.mT
+    if right.dtype is dtype and right.is_contiguous():
+        return right
+    return torch.empty(right.shape, dtype=dtype, device=right.device).copy_(right)
+
+
 def apply_factored(
     weights: Sequence[Tensor],
     left: Tensor,
@@ -104,11 +112,7 @@ def apply_factored(
     bfloat16 = dtype is torch.bfloat16
     slices = batch // len(weights)
     table, aligned = pointers(weights, slices, m * n * weights[0].element_size(), left.device)
-    # Rows of the right factor are read as they lie in a tile of W.
-    left = left.to(dtype).contiguous()
-    right = right.mT
-    if right.dtype is not dtype or not right.is_contiguous():
-        right = torch.empty(batch, rank, n, dtype=dtype, device=right.device).copy_(right)
+    left, right = left.to(dtype).contiguous(), turned(right, dtype)
     t = tiles or _tiles(rank, bfloat16)
     # Long strips, but enough of them for every multiprocessor.
     chunk = t.N * max(1, min(t.chunk // t.N, batch * triton.cdiv(m, t.M) * triton.cdiv(n, t.N) // 2048))

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mofasgd.kernels import pointers
+from mofasgd.kernels.apply import turned
 from mofasgd.kernels.common import TYPES, Tiles, block, matrix_at, operand, precision, stochastic_bfloat16, tile_halves
 
 
@@ -303,7 +304,7 @@ def apply_complement(
         residual: a `residual.Residual` of these gradients.
         scales: (B, m), of the rows of R * inverse: rate * c sqrt(min(m, n)) * `residual.row_scales`, 0 for a matrix
             that does not move, whose gradient may then be anything.
-        left, right: (B, m, r), (B, n, r), float32; B = len(weights) * b.
+        left, right: (B, m, r), (B, n, r); B = len(weights) * b. As in `apply.apply_factored`.
         keep: (B,), float32, what decay leaves.
         keys: (len(weights), 2) int32, rows of `rng.key_tensor`.
         steps: (len(weights),), number of the step.
@@ -321,8 +322,7 @@ def apply_complement(
     low = dtype is torch.bfloat16 and of is torch.bfloat16
     t = tiles or _apply_tiles(inner if A.dtype is torch.float16 else 0)
     # Cast here, as by `apply_factored`.
-    left = left.to(dtype).contiguous()
-    right = torch.empty(batch, rank, n, dtype=dtype, device=right.device).copy_(right.mT)
+    left, right = left.to(dtype).contiguous(), turned(right, dtype)
     with torch.cuda.device_of(left):
         _apply[(triton.cdiv(m, t.M) * triton.cdiv(n, t.chunk), batch)](
             weight_table, gradient_table, A, B, inverse, scales, left, right, keep, keys, steps,

@@ -22,6 +22,14 @@ def _tile(A, rows, columns, m, width):
 
 
 @triton.jit
+def _both(first, second, rows, columns, m, half):
+    """Return elements of [first second] (m, 2 half), zeros outside."""
+    inside = rows[:, None] * half + columns[None, :]
+    at = tl.where((columns < half)[None, :], first + inside, second + (inside - half))
+    return tl.load(at, mask=(rows < m)[:, None] & (columns < 2 * half)[None, :], other=0.0)
+
+
+@triton.jit
 def _extend(U, S, weights, kept, result, m, rank, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
     """M rows and N columns of both halves of [U diag(kept), [U S] W]."""
     batch, j = tl.program_id(2).to(tl.int64), tl.program_id(1)
@@ -73,14 +81,19 @@ def _nearest_bfloat16(value):
 
 @triton.jit
 def _cross(
-    A, S, parts, m, width, chunk, T: tl.constexpr, M: tl.constexpr, BFLOAT16: tl.constexpr, BOTH: tl.constexpr
+    A, S1, S2, parts, m, half, chunk, T: tl.constexpr, M: tl.constexpr, BFLOAT16: tl.constexpr, WITH_S: tl.constexpr
 ):  # fmt: skip
-    """Tile (i, j) of T x T elements of what `chunk` rows add to A'Ar, and S'Ar if BOTH; Ar is rounded if BFLOAT16."""
+    """Tile (i, j) of T x T elements of what `chunk` rows add to A'Ar, and [S1 S2]'Ar if WITH_S.
+
+    Ar is rounded if BFLOAT16.
+    """
     batch, part = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    width = 2 * half
     across = tl.cdiv(width, T)
     i, j = tl.program_id(0) // across * T + tl.arange(0, T), tl.program_id(0) % across * T + tl.arange(0, T)
     A += batch * m * width
-    S += batch * m * width
+    S1 += batch * m * half
+    S2 += batch * m * half
     of_A, of_S = tl.zeros((T, T), dtype=tl.float32), tl.zeros((T, T), dtype=tl.float32)
     for start in range(part * chunk, tl.minimum(part * chunk + chunk, m), M):
         rows = start + tl.arange(0, M)
@@ -88,20 +101,21 @@ def _cross(
         if BFLOAT16:
             rounded = _nearest_bfloat16(rounded)
         of_A = tl.dot(tl.trans(_tile(A, rows, i, m, width)), rounded, of_A, input_precision="tf32x3")
-        if BOTH:
-            of_S = tl.dot(tl.trans(_tile(S, rows, i, m, width)), rounded, of_S, input_precision="tf32x3")
-    parts += (batch * tl.num_programs(1) + part) * (2 if BOTH else 1) * width * width
+        if WITH_S:
+            of_S = tl.dot(tl.trans(_both(S1, S2, rows, i, m, half)), rounded, of_S, input_precision="tf32x3")
+    parts += (batch * tl.num_programs(1) + part) * (2 if WITH_S else 1) * width * width
     at, mask = i[:, None] * width + j[None, :], (i < width)[:, None] & (j < width)[None, :]
     tl.store(parts + at, of_A, mask=mask)
-    if BOTH:
+    if WITH_S:
         tl.store(parts + width * width + at, of_S, mask=mask)
 
 
-def cross(A: Tensor, S: Tensor | None, dtype: torch.dtype) -> Tensor:
+def cross(A: Tensor, S: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Tensor:
     """Return A'Ar and, unless S is None, S'Ar, (B, 1 or 2, k, k) float32, with Ar = A rounded to `dtype`.
 
     Args:
-        A, S: (B, m, k) float32, contiguous.
+        A: (B, m, k) float32, contiguous.
+        S: halves of its columns, (B, m, k / 2) each, float32, contiguous.
         dtype: bfloat16 or float32.
     """
     batch, m, width = A.shape
@@ -111,30 +125,36 @@ def cross(A: Tensor, S: Tensor | None, dtype: torch.dtype) -> Tensor:
     chunk = triton.cdiv(triton.cdiv(m, chunks), 32) * 32
     chunks = triton.cdiv(m, chunk)
     parts = A.new_empty(batch, chunks, 1 if S is None else 2, width, width)
+    first, second = (A, A) if S is None else S
     with torch.cuda.device_of(A):
         _cross[(tiles, chunks, batch)](
-            A, A if S is None else S, parts, m, width, chunk,
-            T=T, M=32, BFLOAT16=dtype is torch.bfloat16, BOTH=S is not None, num_warps=4,
+            A, first, second, parts, m, width // 2, chunk,
+            T=T, M=32, BFLOAT16=dtype is torch.bfloat16, WITH_S=S is not None, num_warps=4,
         )  # fmt: skip
     return parts.sum(dim=1) if chunks > 1 else parts[:, 0]
 
 
 @triton.jit
 def _join(
-    A, S, weights, inverse, result, squares, m, width, bound,
+    A, S1, S2, weights, inverse, result, squares, m, half, bound,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, LOW: tl.constexpr, LEFT: tl.constexpr,
 ):  # fmt: skip
-    """M rows and N columns of both halves of [bound A, S W + A W'] (LEFT) or [S W, bound A], and squares of columns."""
+    """M rows and N columns of both halves of [bound A, S W + A W'] (LEFT) or [S W, bound A], and squares of columns.
+
+    S is [S1 S2].
+    """
+    width = 2 * half
     batch, j = tl.program_id(2).to(tl.int64), tl.program_id(1)
     rows, columns = tl.program_id(0) * M + tl.arange(0, M), j * N + tl.arange(0, N)
     A += batch * m * width
-    S += batch * m * width
+    S1 += batch * m * half
+    S2 += batch * m * half
     weights += batch * (2 if LEFT else 1) * width * width
     total = tl.zeros((M, N), dtype=tl.float32)
     for start in range(0, width, K):
         k = start + tl.arange(0, K)
         W = _tile(weights, k, columns, width, width)
-        total = tl.dot(_tile(S, rows, k, m, width), W, total, input_precision="tf32x3")
+        total = tl.dot(_both(S1, S2, rows, k, m, half), W, total, input_precision="tf32x3")
         if LEFT:
             W = _tile(weights + width * width, k, columns, width, width)
             total = tl.dot(_tile(A, rows, k, m, width), W, total, input_precision="tf32x3")
@@ -153,12 +173,20 @@ def _join(
 
 
 def join(
-    A: Tensor, S: Tensor, weights: Tensor, inverse: Tensor, bound: float, dtype: torch.dtype, *, left: bool
+    A: Tensor,
+    S: tuple[Tensor, Tensor],
+    weights: Tensor,
+    inverse: Tensor,
+    bound: float,
+    dtype: torch.dtype,
+    *,
+    left: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return [bound A, S W + A W'] if `left`, else [S W, bound A], (B, m, 2k), and its columns' squares, (B, 2k).
 
     Args:
-        A, S: (B, m, k) float32, contiguous.
+        A: (B, m, k) float32, contiguous.
+        S: halves of its columns, (B, m, k / 2) each, float32, contiguous.
         weights: W, below it W' if `left`; (B, 2k or k, k) float32.
         inverse: (B,); 0 makes zeros of a matrix, whatever the others hold.
         bound: of A.
@@ -171,7 +199,7 @@ def join(
     squares = A.new_empty(batch, programs, 2 * width)
     with torch.cuda.device_of(A):
         _join[(programs, triton.cdiv(width, N), batch)](
-            A, S, weights.contiguous(), inverse, result, squares, m, width, bound,
+            A, *S, weights.contiguous(), inverse, result, squares, m, width // 2, bound,
             M=64, N=N, K=min(32, N), LOW=TYPES[dtype], LEFT=left, num_warps=4,
         )  # fmt: skip
     return result, squares.sum(dim=1)
