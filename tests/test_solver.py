@@ -193,6 +193,12 @@ def test_a_factor_scales_the_gradient_and_beta_may_be_a_tensor():
     assert (plain.s - tensor.s.double().cpu()).abs().max() <= 1e-6
 
 
+def test_what_a_cancelled_momentum_leaves_is_no_direction():
+    U, s, V, _ = (t.float().double() for t in case("random", 60, 50, 4))
+    after, _, _ = solved(U, s, V, -0.5 * (U * s[:, None, :]) @ V.mT, 0.5)
+    assert not after.s.any()
+
+
 def test_a_matrix_that_is_not_finite_leaves_its_neighbours_alone():
     U, s, V, G = case("random", 60, 50, 4)
     alone, _, _ = solved(U[1:], s[1:], V[1:], G[1:], 0.9)

@@ -71,7 +71,7 @@ MUTANTS = [
         "algebra.py",
         "found = torch.where(found <= torch.finfo(torch.float32).eps * terms, 0.0, found)",
         "pass",
-        "test_robustness.py::test_a_momentum_of_exactly_zero_is_not_dead",
+        "test_solver.py::test_what_a_cancelled_momentum_leaves_is_no_direction",
     ),
     Mutant(
         "a matrix that is not finite spoils its batch",
