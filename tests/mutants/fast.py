@@ -55,8 +55,8 @@ MUTANTS = [
     Mutant(
         "the given order stays, however little is left of a column",
         "kernels/columns.py",
-        "kept = kept & (pivot > least) & (pivot >= share * tl.max(left, 0))",
-        "kept = kept & (pivot > least)",
+        "bad = (pivot <= least) | (pivot < share * tl.max(left, 1))",
+        "bad = pivot <= least",
         "test_kernels.py::test_the_given_order_stays_only_where_it_is_that_of_the_pivots",
     ),
     Mutant(

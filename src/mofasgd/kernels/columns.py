@@ -37,19 +37,23 @@ def _orthogonalize(A, row, column, k, least):
 
 
 @triton.jit
-def _kept_order(R, length, column, inside, k, least, share):
+def _kept_order(R, length, column, inside, k, least, share, T: tl.constexpr):
     """Return whether R, made of columns of these lengths in order, is that of the pivots; and the smallest pivot."""
-    left = tl.zeros_like(length)
-    kept, closest = k > 0, tl.full([], 1.0, tl.float64)
-    for i in range(k):
-        # What is left of all columns when it is the turn of column j: the squares of this row and of those below.
-        j = k - 1 - i
-        line = tl.load(R + j * k + column, mask=inside, other=0.0) / length
-        left += line * line
-        pivot = tl.sum(tl.where(column == j, line * line, 0.0), 0)
-        kept = kept & (pivot > least) & (pivot >= share * tl.max(left, 0))
-        closest = tl.minimum(closest, pivot)
-    return kept, closest
+    below = tl.zeros_like(length)
+    wrong, closest = 0, tl.full([], 1.0, tl.float64)
+    for i in range(tl.cdiv(k, T)):
+        row = (tl.cdiv(k, T) - 1 - i) * T + tl.arange(0, T)
+        mask = (row < k)[:, None] & inside[None, :]
+        squares = tl.load(R + row[:, None] * k + column[None, :], mask=mask, other=0.0) / length[None, :]
+        squares *= squares
+        # What is left of all columns when it is the turn of one: the squares of its row and of those below.
+        left = tl.cumsum(squares, 0, reverse=True) + below[None, :]
+        below += tl.sum(squares, 0)
+        pivot = tl.sum(tl.where(row[:, None] == column[None, :], squares, 0.0), 1)
+        bad = (pivot <= least) | (pivot < share * tl.max(left, 1))
+        wrong += tl.sum(tl.where(bad & (row < k), 1, 0), 0)
+        closest = tl.minimum(closest, tl.min(tl.where(row < k, pivot, 1.0), 0))
+    return wrong == 0, closest
 
 
 @triton.jit
@@ -74,7 +78,7 @@ def _pivoted(
     length = tl.load(squares + number * of_batch + column * of_column, mask=inside, other=1.0)
     length = tl.sqrt(tl.where(length > 0, length, 1.0))
     if TRIED:
-        done, smallest = _kept_order(R, length, column, inside, k, least, share)
+        done, smallest = _kept_order(R, length, column, inside, k, least, share, T)
         if done:
             tl.store(closest + number, smallest)
             return
