@@ -215,8 +215,8 @@ class Update:
 
     def _matrices(self, key: str) -> Tensor:
         """Return an entry of all states as a batch of matrices; it shares their memory."""
-        stack = self.bucket.stack(key)
-        return stack.view(len(self.members) * self.b, *stack.shape[1 + len(self.shape.lead) :])
+        stack, lead = self.bucket.stack(key), self.shape.lead
+        return stack.view(-1, *stack.shape[1 + len(lead) :]) if lead else stack
 
     def parts(self) -> Iterator[tuple[slice, Member]]:
         """Yield every member with its part of the batch."""

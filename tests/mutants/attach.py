@@ -272,9 +272,9 @@ MUTANTS = [
     Mutant(
         "a step is refused after its sketches are used up",
         "optimizer.py",
-        "            self._arrangement = Arrangement(owned, self.state, self._pending)\n",
+        "            self._arrangement = Arrangement(complete, self.state, pending)\n",
         "            self._handle and self._handle.clear()\n"
-        "            self._arrangement = Arrangement(owned, self.state, self._pending)\n",
+        "            self._arrangement = Arrangement(complete, self.state, pending)\n",
         "test_attach_failures.py::test_a_refused_step_uses_up_no_sketch",
     ),
     Mutant(
