@@ -298,8 +298,8 @@ class Update:
 
         gradients = [] if spaces is None else self._gradients()
         # Nothing of the state changes before all that may run out of memory has been made.
-        s = torch.where(active[:, None], after.s, self.stored.s)
-        height = heights(self.group, s)
+        polar = self.group["update"] == "polar"
+        height = after.live if polar and isinstance(after, Products) else heights(self.group, after.s)
         # Most rules of lr do not read it.
         square_norm = height.square().sum(dim=-1) if self.group["lr_scale"] == "match_rms_adamw" else None
         if spaces is not None:
@@ -315,7 +315,7 @@ class Update:
         weights = [member.param for member in self.members]
         scale = height * rates[:, None]
         left, right = store(self.stored, after, active, scale, weights[0].dtype, turned=spaces is None)
-        self.stored.s.copy_(s)
+        replace_in(self.stored.s, after.s, active)
         self._count(active)
         how = self.context.stochastic_rounding
         first = self.members[0]

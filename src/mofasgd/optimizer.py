@@ -227,7 +227,7 @@ class MoFaSGD(FactoredOptimizer):
         attached = None if self._handle is None else self._handle.windows_of(arranged.buckets)
         for i, bucket in enumerate(arranged.buckets):
             # One without a gradient stays beside the others, lest their state be moved in memory.
-            if self._see_gradients(bucket.members, attached and attached[i], exchanged):
+            if self._see_gradients(bucket.members, None if attached is None else attached[i], exchanged):
                 updates.append(Update(bucket, context))
         return updates
 
@@ -243,7 +243,8 @@ class MoFaSGD(FactoredOptimizer):
     def _arranged(self) -> Arrangement:
         """Return how the parameters step together; raise ValueError if one cannot, before any gradient is read."""
         # As `materialize` has found them.
-        assert self._pending is not None and self._complete is not None
+        assert self._pending is not None
+        assert self._complete is not None
         complete, pending = self._complete, self._pending
         if self._arrangement is None or not self._arrangement.fits(complete, pending):
             self._arrangement = Arrangement(complete, self.state, pending)

@@ -294,8 +294,8 @@ MUTANTS = [
     Mutant(
         "a shape's flags are those of the first in its batch",
         "solver.py",
-        "return self.batch.finite[self.part]",
-        "return self.batch.finite[: len(self.stored.s)]",
+        "member.finite, member.moves, member.square_norms = own",
+        "member.finite, member.moves, member.square_norms = self.finite[: len(own[0])], *own[1:]",
         "test_optimizer.py::test_hard_gradients_change_nothing_for_those_that_step_with_them",
     ),
 ]
