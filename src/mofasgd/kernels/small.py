@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mofasgd.kernels import next_power_of_2
+
 _TILE = 1 << 11
 """Elements of a Gram matrix that a program holds at a time."""
 
@@ -77,7 +79,7 @@ def observed(
     real, kept = grams.new_empty(2, batch, r).unbind()
     C, norms = grams.new_empty(batch, r, r), grams.new_empty(batch)
     finite, moves = torch.empty(2, batch, dtype=torch.uint8, device=s.device).unbind()
-    K = max(16, triton.next_power_of_2(r))
+    K = max(16, next_power_of_2(r))
     with torch.cuda.device_of(grams):
         _observe[(batch,)](
             grams, s, kept, real, C, finite, moves, norms, batch, r,
