@@ -299,6 +299,13 @@ MUTANTS = [
         "test_attach_changes.py::test_hooks_registered_on_a_weight_after_attaching_change_its_gradient_as_in_dense_training",
     ),
     Mutant(
+        "what a weight had gathered when it was frozen is stepped by again",
+        "attach/handle.py",
+        "if param in self._hooks}\n            self._cast = ((), [])\n",
+        "if param in self._hooks}\n",
+        "test_attach_changes.py::test_what_came_before_a_weight_was_frozen_is_stepped_by_once",
+    ),
+    Mutant(
         "a window ends when layers no longer sketch",
         "attach/handle.py",
         "window.serves(row.param, own, first):",

@@ -118,8 +118,8 @@ MUTANTS = [
     Mutant(
         "what steps together is never arranged again",
         "buckets.py",
-        "return owned is self._of[0] and pending is self._of[1] and self._look(states) == self._seen",
-        "return owned is self._of[0] and pending is self._of[1]",
+        "return complete is self._of[0] and pending is self._of[1] and self._look() == self._seen",
+        "return complete is self._of[0] and pending is self._of[1]",
         "test_options.py::test_a_changed_rank_is_refused_at_the_step",
     ),
     Mutant(
@@ -290,6 +290,13 @@ MUTANTS = [
         "found = R.diagonal(dim1=-2, dim2=-1).cummin(dim=-1).values",
         "found = R.diagonal(dim1=-2, dim2=-1)",
         "test_solver.py::test_equal_singular_values_do_not_rise_by_rounding",
+    ),
+    Mutant(
+        "Gram matrices that are not finite stay",
+        "kernels/small.py",
+        "tl.where(whole, 0, width * width)",
+        "0",
+        "test_kernels_small.py::test_one_launch_observes_what_torch_does",
     ),
     Mutant(
         "a shape's flags are those of the first in its batch",
