@@ -97,6 +97,22 @@ def test_a_graph_made_before_a_weight_was_hooked_or_frozen_counts_in_its_window(
     assert (results[0] - results[1]).abs().max() <= 1e-12
 
 
+@pytest.mark.parametrize("mode", [None, "sketch"])
+def test_what_came_before_a_weight_was_frozen_is_stepped_by_once(mode):
+    model, opt = make(mode)
+    data, weight = torch.Generator().manual_seed(1), model[0].weight
+    for step in range(5):
+        before = weight.detach().clone()
+        loss(model, data).backward()
+        if step == 2:
+            weight.requires_grad_(False)
+            # The first forward since; steps of the same buckets follow.
+            loss(model, data).backward()
+        opt.step()
+        opt.zero_grad()
+        assert torch.equal(weight, before) is (step > 2)
+
+
 def test_a_layer_that_ran_before_its_weight_was_frozen_is_not_said_to_have_run_in_vain():
     model, opt = make("auto")
     data = torch.Generator().manual_seed(1)

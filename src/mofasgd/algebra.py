@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from mofasgd.kernels import usable
-from mofasgd.momentum import real_columns
+from mofasgd.momentum import RANK_TOLERANCE, real_columns
 from mofasgd.rng import gaussian
 
 SOLVERS = ("auto", "svd", "gram")
@@ -339,9 +339,14 @@ def observed(grams: Tensor, s: Tensor) -> tuple[Small, Tensor, Tensor, Tensor]:
     Flags are (B,), squared norms (B,) float64, 0 where the sketch is not finite.
 
     Args:
-        grams: as in `Small`, of all stored columns; anything where a sketch is not finite.
+        grams: as in `Small`, of all stored columns; anything where a sketch is not finite. Not to be used any more.
         s: stored singular values (B, r).
     """
+    if usable(grams.device) and s.dtype is torch.float32:
+        from mofasgd.kernels.small import observed as on_gpu
+
+        small, finite, moves, norms = on_gpu(grams, s, RANK_TOLERANCE)
+        return Small(grams, *small), finite, moves, norms
     r = s.shape[-1]
     # A column that is not finite shows in its square; a sum of float32 squares stays in float64's range.
     squares = grams.diagonal(dim1=-2, dim2=-1).sum(dim=0)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from mofasgd.attach import Handle
 from mofasgd.attach.window import Window
-from mofasgd.buckets import Inventory, Owned, same
+from mofasgd.buckets import Complete, Inventory, Owned
 from mofasgd.dist.reduce import Ranks, Traffic, checksum
 from mofasgd.dist.shards import group_of, is_sharded
 from mofasgd.exchange import Exchange, ShardedGradient, exchange
@@ -54,7 +54,7 @@ class FactoredOptimizer(Optimizer):
     _exchanged: int
     # What has been listed, and the state that was found complete; copies begin without.
     _inventory: Inventory | None = None
-    _complete: tuple[list[Owned], list[Tensor], list[Any], list[Tensor]] | None = None
+    _complete: Complete | None = None
 
     def _step_in_backward(self, index: int, param: Tensor, group: Group) -> None:
         raise NotImplementedError
@@ -99,31 +99,17 @@ class FactoredOptimizer(Optimizer):
     def materialize(self) -> None:
         """Make the state of every trainable parameter now, pending, without a gradient (for checkpoint libraries)."""
         owned = self._parameters()
-        if not self._is_complete(owned):
+        if self._complete is None or not self._complete.holds(owned, self.state):
             self._make(
                 [(i, p, g) for i, p, g in owned if (p.requires_grad or p.grad is not None) and not self.state[p]]
             )
-            without = [param for _, param, _ in owned if not self.state.get(param)]
-            self._complete = owned, list(self.state), list(self.state.values()), without
+            self._complete = Complete(owned, self.state)
         if self._pending is None:
             # What a library has replaced: torch's state_dict knows only what is in the groups.
             own = {param for _, param, _ in owned}
             for param in [param for param in self.state if param not in own]:
                 del self.state[param]
             self._pending = waiting({p: s for p, s in self.state.items() if "initialized" in s})
-
-    def _is_complete(self, owned: list[Owned]) -> bool:
-        """Whether `materialize` has found all state there, and nothing has changed since."""
-        if self._complete is None:
-            return False
-        listed, params, states, without = self._complete
-        return (
-            owned is listed
-            and same(list(self.state), params)
-            and same(list(self.state.values()), states)
-            and all(states)
-            and not any(param.requires_grad or param.grad is not None for param in without)
-        )
 
     def _make(self, owned: Sequence[Owned]) -> None:
         """Make the state of parameters that have none."""
@@ -211,9 +197,9 @@ class FactoredOptimizer(Optimizer):
         assert self._inventory is not None
         return self._inventory.sharded
 
-    def _join(self) -> Ranks | None:
-        """Return the ranks that train with this one, None if there are none."""
-        group = group_of(self._sharded())
+    def _join(self, sharded: Sequence[Tensor]) -> Ranks | None:
+        """Return the ranks that train with this one, None if there are none; `sharded` are the DTensors."""
+        group = group_of(sharded)
         if group is None and self._handle is not None and self._handle.replicas is not None:
             group = self._handle.replicas.group
         if group is None:
@@ -224,8 +210,11 @@ class FactoredOptimizer(Optimizer):
 
     def _exchange(self) -> Exchange:
         """Sum over ranks what this step reads of gradients."""
-        ranks = self._join()
-        if ranks is None and not self._sharded():
+        # Listed by `materialize`, with which a step begins.
+        assert self._inventory is not None
+        sharded = self._inventory.sharded
+        ranks = self._join(sharded)
+        if ranks is None and not sharded:
             return Exchange()
         if self._handle is not None:
             # A rank to which no batch came has not called the model since parameters were frozen or added.
@@ -255,7 +244,7 @@ class FactoredOptimizer(Optimizer):
         """Begin with rank 0's weights, as DDP does, and with its state."""
         if self._met:
             return
-        ranks = self._join()
+        ranks = self._join(self._sharded())
         if ranks is None:
             return
         self._met = True

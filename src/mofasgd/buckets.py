@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import is_
+from itertools import chain
+from operator import attrgetter, eq, is_
 from typing import Any
 
 import torch
@@ -42,17 +43,39 @@ class Inventory:
 
     def holds(self, groups: Sequence[Group]) -> bool:
         """Whether these groups have the same parameters. No tensor is hashed, which would be Python of torch's."""
-        params = [p for group in groups for p in group["params"]]
         return (
-            same(params, self._params)
-            and same(groups, self._groups)
+            same(groups, self._groups)
             and [len(group["params"]) for group in groups] == self._sizes
-            and list(map(type, params)) == self._types
+            and all(map(is_, chain.from_iterable(group["params"] for group in groups), self._params))
+            and all(map(is_, map(type, self._params), self._types))
         )
 
 
-def same(these: Sequence[Any], those: Sequence[Any]) -> bool:
-    """Whether two sequences hold the same objects."""
+class Complete:
+    """The state of an optimizer's parameters, all of it there, for as long as it is the same objects.
+
+    Attributes:
+        owned: the parameters (`Inventory.owned`).
+    """
+
+    def __init__(self, owned: list[Owned], states: Mapping[Tensor, dict[str, Tensor]]) -> None:
+        self.owned = owned
+        self._params, self._states = list(states), list(states.values())
+        self._without = [param for _, param, _ in owned if not states.get(param)]
+
+    def holds(self, owned: list[Owned], states: Mapping[Tensor, dict[str, Tensor]]) -> bool:
+        """Whether these parameters still have these states, and no other needs one."""
+        return (
+            owned is self.owned
+            and same(states, self._params)
+            and same(states.values(), self._states)
+            and all(self._states)
+            and not any(param.requires_grad or param.grad is not None for param in self._without)
+        )
+
+
+def same(these: Collection[Any], those: Collection[Any]) -> bool:
+    """Whether two collections hold the same objects, in the same order."""
     return len(these) == len(those) and all(map(is_, these, those))
 
 
@@ -141,24 +164,24 @@ class Arrangement:
 
     def __init__(
         self,
-        owned: list[Owned],
+        complete: Complete,
         states: Mapping[Tensor, dict[str, Tensor]],
         pending: Mapping[Tensor, list[int]],
     ) -> None:
-        """Arrange the parameters `owned` by their `states` (those without any are left out).
+        """Arrange the parameters of `complete` by their `states` (those without any are left out).
 
         Raises:
             ValueError: if a group has a value out of range, or another rank than a parameter's state, or a parameter
                 another shape.
         """
+        owned = complete.owned
         self.unfactored = [(i, p, group) for i, p, group in owned if group["algorithm"] == "adamw"]
-        # The states are held, so that their ids stay theirs.
-        self._of = owned, pending, list(states.items())
+        self._of = complete, pending
         self._params = [p for _, p, _ in owned]
         self._groups = list({id(group): group for _, _, group in owned}.values())
         for group in self._groups:
             check_group(group)
-        self._seen = self._look(states)
+        self._seen = list(self._look())
         buckets: dict[tuple[Any, ...], list[Member]] = {}
         for index, param, group in owned:
             state = states.get(param)
@@ -183,26 +206,14 @@ class Arrangement:
         self.buckets = [Bucket(members) for key, members in buckets.items() if not key[4]]
         self.starting = [(members, list(key[4])) for key, members in buckets.items() if key[4]]
 
-    def fits(
-        self,
-        owned: list[Owned],
-        states: Mapping[Tensor, dict[str, Tensor]],
-        pending: Mapping[Tensor, list[int]],
-    ) -> bool:
-        """Whether these arguments of the constructor would make the same; `owned` is one list until it changes."""
-        return owned is self._of[0] and pending is self._of[1] and self._look(states) == self._seen
+    def fits(self, complete: Complete, pending: Mapping[Tensor, list[int]]) -> bool:
+        """Whether these arguments of the constructor would make the same; each is one object until it changes."""
+        return complete is self._of[0] and pending is self._of[1] and all(map(eq, self._look(), self._seen))
 
-    def _look(self, states: Mapping[Tensor, dict[str, Tensor]]) -> tuple[list[Any], ...]:
-        """Return what else an arrangement depends on, an entry for each parameter, state or group."""
-        params = self._params
-        return (
-            [p.dtype for p in params],
-            [p.device for p in params],
-            [p.shape for p in params],
-            list(map(id, states)),
-            list(map(id, states.values())),
-            [tuple(map(group.get, _CHECKED)) for group in self._groups],
-        )
+    def _look(self) -> Iterator[Any]:
+        """Yield what else an arrangement depends on, of each parameter and group."""
+        of_params = (map(attrgetter(name), self._params) for name in ("dtype", "device", "shape"))
+        return chain(*of_params, (tuple(map(group.get, _CHECKED)) for group in self._groups))
 
 
 def stacked(states: Sequence[dict[str, Tensor]], key: str) -> Tensor:

@@ -217,8 +217,8 @@ class Update:
 
     def _matrices(self, key: str) -> Tensor:
         """Return an entry of all states as a batch of matrices; it shares their memory."""
-        stack = self.bucket.stack(key)
-        return stack.view(len(self.members) * self.b, *stack.shape[1 + len(self.shape.lead) :])
+        stack, lead = self.bucket.stack(key), self.shape.lead
+        return stack.view(-1, *stack.shape[1 + len(lead) :]) if lead else stack
 
     def parts(self) -> Iterator[tuple[slice, Member]]:
         """Yield every member with its part of the batch."""
@@ -299,8 +299,8 @@ class Update:
 
         gradients = [] if spaces is None else self._gradients()
         # Nothing of the state changes before all that may run out of memory has been made.
-        s = torch.where(active[:, None], after.s, self.stored.s)
-        height = heights(self.group, s)
+        polar = self.group["update"] == "polar"
+        height = after.live if polar and isinstance(after, Products) else heights(self.group, after.s)
         # Most rules of lr do not read it.
         square_norm = height.square().sum(dim=-1) if self.group["lr_scale"] == "match_rms_adamw" else None
         if spaces is not None:
@@ -317,7 +317,7 @@ class Update:
         keys = self.bucket.rounding_keys(self.context.seed)
         weights = [member.param for member in self.members]
         left, right = store(self.stored, after, active, height * rates[:, None], weights[0].dtype)
-        self.stored.s.copy_(s)
+        replace_in(self.stored.s, after.s, active)
         self._count(active)
         how = self.context.stochastic_rounding
         first = self.members[0]

@@ -163,7 +163,8 @@ def sketch_all(
     ready = [pair for gradient in gradients if gradient is not None and (pair := gradient.ready()) is not None]
     if len(ready) == len(gradients):
         # A view for each of hundreds of layers would cost more than these two kernels.
-        return torch.stack([GV for GV, _ in ready]), torch.stack([GtU for _, GtU in ready]), None
+        right, left = zip(*ready, strict=True)
+        return torch.stack(right), torch.stack(left), None
     parts = []
     for i, gradient in enumerate(gradients):
         u, v = U[i * batch : (i + 1) * batch], V[i * batch : (i + 1) * batch]
@@ -177,12 +178,14 @@ def dense_tensors(gradients: Sequence[Gradient | None], dtype: torch.dtype) -> l
 
     They are of one dtype below float64, contiguous, on one GPU; a missing one stays None.
     """
-    if any(gradient is not None and not isinstance(gradient, DenseGradient) for gradient in gradients):
-        return []
-    tensors = [gradient.tensor if isinstance(gradient, DenseGradient) else None for gradient in gradients]
+    tensors: list[Tensor | None] = []
+    for gradient in gradients:
+        if gradient is not None and not isinstance(gradient, DenseGradient):
+            return []
+        tensors.append(None if gradient is None else gradient.tensor)
     some = [tensor for tensor in tensors if tensor is not None]
     kinds = {(tensor.dtype, tensor.device) for tensor in some}
-    if len(kinds) != 1 or dtype is not torch.float32 or not all(tensor.is_contiguous() for tensor in some):
+    if len(kinds) != 1 or dtype is not torch.float32 or not all(map(Tensor.is_contiguous, some)):
         return []
     ((own, device),) = kinds
     return tensors if usable(device) and own is not torch.float64 else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Any, overload
 
 import torch
@@ -218,30 +219,35 @@ class MoFaSGD(FactoredOptimizer):
                 unfactored.setdefault((id(group), param.device), []).append(plain)
         updates: list[Update | AdamWUpdate] = [AdamWUpdate(plain, gate) for plain in unfactored.values()]
         for members, pending in arranged.starting:
-            self._see_gradients(members, exchanged)
+            self._see_gradients(members, self._windows(members), exchanged)
             seen = [member for member in members if member.gradient is not None]
             count = Start.most(members[0])
             buckets = (Bucket(seen[i : i + count]) for i in range(0, len(seen), count))
             updates += [Start(bucket, pending, context) for bucket in buckets]
-        for bucket in arranged.buckets:
+        attached = None if self._handle is None else self._handle.windows_of(arranged.buckets)
+        for i, bucket in enumerate(arranged.buckets):
             # One without a gradient stays beside the others, lest their state be moved in memory.
-            if self._see_gradients(bucket.members, exchanged):
+            if self._see_gradients(bucket.members, None if attached is None else attached[i], exchanged):
                 updates.append(Update(bucket, context))
         return updates
 
     def _check(self) -> Arrangement:
         """Raise ValueError for what no step can be taken with, before any gradient is read or sketch used up."""
-        for index, param, _ in self._parameters():
+        # Listed by `materialize`, with which a step begins.
+        assert self._inventory is not None
+        for index, param, _ in self._inventory.owned:
             if (grad := param.grad) is not None and grad.is_sparse:
                 raise ValueError(f"parameter {index} has a sparse gradient: build its embedding with sparse=False")
         return self._arranged()
 
     def _arranged(self) -> Arrangement:
         """Return how the parameters step together; raise ValueError if one cannot, before any gradient is read."""
+        # As `materialize` has found them.
         assert self._pending is not None
-        owned = self._parameters()
-        if self._arrangement is None or not self._arrangement.fits(owned, self.state, self._pending):
-            self._arrangement = Arrangement(owned, self.state, self._pending)
+        assert self._complete is not None
+        complete, pending = self._complete, self._pending
+        if self._arrangement is None or not self._arrangement.fits(complete, pending):
+            self._arrangement = Arrangement(complete, self.state, pending)
         return self._arrangement
 
     def _context(self, gate: Tensor | None) -> Context:
@@ -263,14 +269,21 @@ class MoFaSGD(FactoredOptimizer):
         held = {key: local(value) for key, value in state.items()}
         return AdamWMember(local(param), own.grad, group, held, rounding, own.present, own.square)
 
-    def _see_gradients(self, members: Sequence[Member], exchanged: Exchange) -> bool:
-        """Note what this step reads of the gradients of members of one group; return whether there is one."""
+    def _windows(self, members: Sequence[Member]) -> list[Window | None] | None:
+        """Return the windows of members (None: it is not attached), None if no model is attached."""
+        return None if self._handle is None else [self._handle.windows.get(member.param) for member in members]
+
+    def _see_gradients(
+        self, members: Sequence[Member], windows: Sequence[Window | None] | None, exchanged: Exchange
+    ) -> bool:
+        """Note what this step reads of the gradients of members of one group; return whether there is one.
+
+        `windows` are theirs, as `_windows` returns them.
+        """
         handle, some = self._handle, False
-        windows = {} if handle is None else handle.windows
         refused = self._reads_gradient(members[0].group) is not None
-        for member in members:
+        for member, window in zip(members, repeat(None) if windows is None else windows):  # noqa: B905
             param = member.param
-            window = windows.get(param) if windows else None
             if handle is not None and window is not None:
                 if refused:
                     self._refuse_full_gradient(member.group)
@@ -302,7 +315,7 @@ class MoFaSGD(FactoredOptimizer):
         context = self._context(None)
         member = Member(index, param, group, self.state[param], factored_shape(param, group)[0])
         window = self._average(param, group)
-        self._see_gradients([member], Exchange())
+        self._see_gradients([member], None, Exchange())
         member.gradient = window or member.gradient
         bucket = Bucket([member])
         update = Start(bucket, pending, context) if pending else Update(bucket, context)
@@ -319,7 +332,7 @@ class MoFaSGD(FactoredOptimizer):
 
         A step that reads the gradient itself has `p.grad` averaged, in full.
         """
-        ranks = self._ranks if self._met else self._join()
+        ranks = self._ranks if self._met else self._join(self._sharded())
         if ranks is None or self._handle is None or param.grad is None:
             return None
         if self._reads_gradient(group) is not None:

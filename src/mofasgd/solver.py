@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from mofasgd.algebra import Weights, by_gram, combine, extended, gram, observed, polished, seen, seen_columns, solve
 from mofasgd.complement import seen_spaces
-from mofasgd.momentum import Factors, real_columns, real_factors, tangent_square_norm, update_factors
+from mofasgd.momentum import Factors, moving, real_columns, real_factors, tangent_square_norm, update_factors
 
 
 class Problem(Protocol):
@@ -54,11 +53,13 @@ class Products(NamedTuple):
     Attributes:
         stored, sketches: U, s and V of the state, contiguous; GV and GtU.
         weights: `algebra.Weights` of these matrices.
+        live: `momentum.moving` of their s, 1 or 0 in its dtype, (B, r).
     """
 
     stored: Factors
     sketches: tuple[Tensor, Tensor]
     weights: Weights
+    live: Tensor
 
     @property
     def s(self) -> Tensor:
@@ -120,25 +121,13 @@ class GramProblem:
     """Gram matrices of the tall matrices; the small algebra is that of a `GramBatch`, which `measure` makes."""
 
     batch: GramBatch
-    part: slice
+    number: int
+    finite: Tensor
+    moves: Tensor
+    square_norms: Tensor
 
     def __init__(self, stored: Factors, GV: Tensor, GtU: Tensor, beta: float | Tensor) -> None:
         self.stored, self.GV, self.GtU, self.beta = stored, GV, GtU, beta
-
-    @property
-    def finite(self) -> Tensor:
-        """See `Problem`."""
-        return self.batch.finite[self.part]
-
-    @property
-    def moves(self) -> Tensor:
-        """See `Problem`."""
-        return self.batch.moves[self.part]
-
-    @property
-    def square_norms(self) -> Tensor:
-        """See `Problem`."""
-        return self.batch.square_norms[self.part]
 
     @property
     def before(self) -> Factors:
@@ -147,27 +136,25 @@ class GramProblem:
 
     def spaces(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """See `Problem`."""
-        lengths, weights = self.batch.seen
-        left, right = seen(lengths[:, self.part], weights[:, self.part], sizes)
-        kept = self.batch.small.real[self.part]
+        lengths, weights, kept = self.batch.seen[self.number]
+        left, right = seen(lengths, weights, sizes)
         return extended(self.stored.U, self.GV, left, kept), extended(self.stored.V, self.GtU, right, kept)
 
     def solve(self, factor: Tensor | None, active: Tensor) -> Factors:
         """See `Problem`."""
-        left, s, right = (part[self.part] for part in self.batch.solution(factor))
+        left, s, right = self.batch.solutions(factor)[self.number]
         return Factors(
             combine(self.stored.U, self.GV, left, active), s, combine(self.stored.V, self.GtU, right, active)
         )
 
     def products(self, factor: Tensor | None) -> Products:
         """Return what `solve` does, before it is multiplied."""
-        weights = Weights(*(part[self.part] for part in self.batch.solution(factor)))
-        return Products(self.stored, (self.GV, self.GtU), weights)
+        weights = self.batch.solutions(factor)[self.number]
+        return Products(self.stored, (self.GV, self.GtU), weights, self.batch.live[self.number])
 
     def outcome(self) -> tuple[Tensor, Tensor]:
         """See `Problem`."""
-        finite, moves = self.batch.outcome
-        return finite[self.part], moves[self.part]
+        return self.batch.outcomes[self.number]
 
 
 class GramBatch:
@@ -182,22 +169,48 @@ class GramBatch:
     outcome: tuple[Tensor, Tensor]
 
     def __init__(self, members: Sequence[GramProblem]) -> None:
-        self.beta, ends = members[0].beta, list(accumulate((len(m.stored.s) for m in members), initial=0))
+        self.beta, self._sizes = members[0].beta, [len(member.stored.s) for member in members]
         s = torch.cat([member.stored.s for member in members])
         self.dtype, (total, rank) = s.dtype, s.shape
         grams = torch.empty(2, total, 2 * rank, 2 * rank, dtype=torch.float64, device=s.device)
-        for member, first, end in zip(members, ends, ends[1:], strict=False):
-            member.batch, member.part = self, slice(first, end)
-            gram(member.stored.U, member.GV, grams[0, first:end])
-            gram(member.stored.V, member.GtU, grams[1, first:end])
+        for member, left, right in zip(members, *map(self._split, grams), strict=True):
+            gram(member.stored.U, member.GV, left)
+            gram(member.stored.V, member.GtU, right)
         self.small, self.finite, self.moves, self.square_norms = observed(grams, s)
         self._left, self._right = ([(m.stored[i], m.GV if i == 0 else m.GtU) for m in members] for i in (0, 2))
         self._solution: Weights | None = None
+        self._solutions: list[Weights] | None = None
+        flags = map(self._split, (self.finite, self.moves, self.square_norms))
+        for number, (member, *own) in enumerate(zip(members, *flags, strict=True)):
+            member.batch, member.number = self, number
+            member.finite, member.moves, member.square_norms = own
+
+    def _split(self, whole: Tensor, dim: int = 0) -> Sequence[Tensor]:
+        """Return the problems' parts of a tensor: one call, where a slice each would be dozens a step."""
+        return torch.split(whole, self._sizes, dim)
 
     @functools.cached_property
-    def seen(self) -> tuple[Tensor, Tensor]:
-        """`algebra.seen_columns` of all problems, which the complement asks for."""
-        return seen_columns(self.small)
+    def seen(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """`algebra.seen_columns`, which the complement asks for, and `Small.real`, of each problem."""
+        lengths, weights = seen_columns(self.small)
+        return list(zip(self._split(lengths, 1), self._split(weights, 1), self._split(self.small.real), strict=True))
+
+    def solutions(self, factor: Tensor | None) -> list[Weights]:
+        """Return `solution` of each problem."""
+        if self._solutions is None:
+            self._solutions = [Weights(*own) for own in zip(*map(self._split, self.solution(factor)), strict=True)]
+        return self._solutions
+
+    @functools.cached_property
+    def live(self) -> Sequence[Tensor]:
+        """`Products.live` of each problem, once there is a solution."""
+        assert self._solution is not None
+        return self._split(moving(self._solution.s).to(self.dtype))
+
+    @functools.cached_property
+    def outcomes(self) -> list[tuple[Tensor, Tensor]]:
+        """`outcome` of each problem."""
+        return list(zip(*map(self._split, self.outcome), strict=True))
 
     def solution(self, factor: Tensor | None) -> Weights:
         """Return the weights of all problems, s in the dtype of the state.

@@ -272,9 +272,9 @@ MUTANTS = [
     Mutant(
         "a step is refused after its sketches are used up",
         "optimizer.py",
-        "            self._arrangement = Arrangement(owned, self.state, self._pending)\n",
+        "            self._arrangement = Arrangement(complete, self.state, pending)\n",
         "            self._handle and self._handle.clear()\n"
-        "            self._arrangement = Arrangement(owned, self.state, self._pending)\n",
+        "            self._arrangement = Arrangement(complete, self.state, pending)\n",
         "test_attach_failures.py::test_a_refused_step_uses_up_no_sketch",
     ),
     Mutant(
@@ -297,6 +297,13 @@ MUTANTS = [
         "            list(map(len, self._nets)),\n",
         "",
         "test_attach_changes.py::test_hooks_registered_on_a_weight_after_attaching_change_its_gradient_as_in_dense_training",
+    ),
+    Mutant(
+        "what a weight had gathered when it was frozen is stepped by again",
+        "attach/handle.py",
+        "if param in self._hooks}\n            self._cast = ((), [])\n",
+        "if param in self._hooks}\n",
+        "test_attach_changes.py::test_what_came_before_a_weight_was_frozen_is_stepped_by_once",
     ),
     Mutant(
         "a window ends when layers no longer sketch",

@@ -139,8 +139,8 @@ MUTANTS = [
     Mutant(
         "what steps together is never arranged again",
         "buckets.py",
-        "return owned is self._of[0] and pending is self._of[1] and self._look(states) == self._seen",
-        "return owned is self._of[0] and pending is self._of[1]",
+        "return complete is self._of[0] and pending is self._of[1] and all(map(eq, self._look(), self._seen))",
+        "return complete is self._of[0] and pending is self._of[1]",
         "test_options.py::test_a_changed_rank_is_refused_at_the_step",
     ),
     Mutant(
@@ -348,10 +348,17 @@ MUTANTS = [
         "test_solver.py::test_equal_singular_values_do_not_rise_by_rounding",
     ),
     Mutant(
+        "Gram matrices that are not finite stay",
+        "kernels/small.py",
+        "tl.where(whole, 0, width * width)",
+        "0",
+        "test_kernels_small.py::test_one_launch_observes_what_torch_does",
+    ),
+    Mutant(
         "a shape's flags are those of the first in its batch",
         "solver.py",
-        "return self.batch.finite[self.part]",
-        "return self.batch.finite[: len(self.stored.s)]",
+        "member.finite, member.moves, member.square_norms = own",
+        "member.finite, member.moves, member.square_norms = self.finite[: len(own[0])], *own[1:]",
         "test_optimizer.py::test_hard_gradients_change_nothing_for_those_that_step_with_them",
     ),
 ]

@@ -282,19 +282,28 @@ class Handle:
         """Begin the window after a step; it has moved the factors of `buckets`, the same object until they change."""
         owner = self._owner()
         assert owner is not None
-        pending = owner._waiting()
+        # What was missing was made before the step.
+        pending = owner._waiting() if owner._pending is None else owner._pending
         if len(self._windows) > len(self._hooks):
             self._windows = {param: window for param, window in self._windows.items() if param in self._hooks}
+            self._cast = ((), [])
         for window in self._windows.values():
             window.open(pending.get(window.param, []) if pending else [])
-        if self._cast[0] is not buckets:
-            found = [[self._windows.get(member.param) for member in bucket.members] for bucket in buckets]
-            self._cast = buckets, [(windows, {}) for windows in found]
         casts: list[tuple[Tensor, Tensor]] = []
-        for bucket, cast in zip(*self._cast, strict=True):
+        for bucket, cast in zip(buckets, self._casts(buckets), strict=True):
             casts += _old_casts(bucket, *cast)
         if casts:
             torch._foreach_copy_([copy for copy, _ in casts], [original for _, original in casts])
+
+    def _casts(self, buckets: Sequence[Stacked]) -> list[Cast]:
+        if self._cast[0] is not buckets:
+            found = [[self.windows.get(member.param) for member in bucket.members] for bucket in buckets]
+            self._cast = buckets, [(windows, {}) for windows in found]
+        return self._cast[1]
+
+    def windows_of(self, buckets: Sequence[Stacked]) -> list[Sequence[Window | None]]:
+        """Return `windows` of the members of `buckets`, None for those without; listed once for the same buckets."""
+        return [windows for windows, _ in self._casts(buckets)]
 
     def gradient(self, window: Window) -> Window | None:
         """Return a window with what it has gathered, `p.grad` included if somebody has set it; None: nothing."""

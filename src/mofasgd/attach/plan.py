@@ -20,6 +20,7 @@ class Owner(Protocol):
     seed: int
     state_dtype: torch.dtype
     state: Any
+    _pending: dict[Tensor, list[int]] | None
 
     def _parameters(self) -> list[tuple[int, Tensor, Group]]:
         """Return (number, parameter, group) of all; the same list until they change."""

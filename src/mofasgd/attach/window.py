@@ -170,8 +170,9 @@ class Window:
     @property
     def empty(self) -> bool:
         """Whether no gradient has come."""
-        probed = self.probes is not None and self.probes[0].grad is not None
-        return not probed and self._sketches is None and self._start is None
+        if self.probes is not None and self.probes[0].grad is not None:
+            return False
+        return self._sketches is None and self._start is None
 
     @property
     def nbytes(self) -> int:
@@ -307,7 +308,7 @@ class Window:
 
     def ready(self) -> tuple[Tensor, Tensor] | None:
         """Return what layers have sketched, (m, r) and (n, r), if that is all there is."""
-        if self.pending or self.probes is None or self.first.shape.batch > 1:
+        if self.pending or self.probes is None or self.first.shape.lead:
             return None
         if self._sketches is not None:
             # Nothing is added to what ranks have shared.

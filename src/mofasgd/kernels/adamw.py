@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mofasgd.kernels import pointers
+from mofasgd.kernels import cdiv, pointers
 from mofasgd.kernels.common import matrix_at, random_words, stochastic_bfloat16
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -131,11 +131,11 @@ def adamw_list(
     rows = torch.empty(count, _COLUMNS.value, dtype=torch.float32, device=device)
     # Triton launches on the current device, which need not be the parameters'.
     with torch.cuda.device_of(rows):
-        _advance[(triton.cdiv(count, _PARAMS),)](
+        _advance[(cdiv(count, _PARAMS),)](
             counters, flags, numbers, numbers if factor is None else factor, rows, count,
             CLIPPED=factor is not None, PARAMS=_PARAMS, enable_fp_fusion=False,
         )  # fmt: skip
-        _adamw[(triton.cdiv(numel, _BLOCK) * count,)](
+        _adamw[(cdiv(numel, _BLOCK) * count,)](
             table, flags, rows, rows if keys is None else keys, numel, count, offset,
             WEIGHT=_TYPES[weights[0].dtype], GRAD=_TYPES[grads[0].dtype],
             STOCHASTIC=keys is not None and weights[0].dtype is torch.bfloat16,

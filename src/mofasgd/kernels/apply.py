@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mofasgd.kernels import pointers
+from mofasgd.kernels import cdiv, pointers
 from mofasgd.kernels.common import Tiles, block, matrix_at, operand, precision, stochastic_bfloat16, tile_halves
 
 
@@ -115,13 +115,13 @@ def apply_factored(
     left, right = left.to(dtype).contiguous(), turned(right, dtype)
     t = tiles or _tiles(rank, bfloat16)
     # Long strips, but enough of them for every multiprocessor.
-    chunk = t.N * max(1, min(t.chunk // t.N, batch * triton.cdiv(m, t.M) * triton.cdiv(n, t.N) // 2048))
+    chunk = t.N * max(1, min(t.chunk // t.N, batch * cdiv(m, t.M) * cdiv(n, t.N) // 2048))
     R = block(rank, t.R)
-    grid = (triton.cdiv(m, t.M) * triton.cdiv(n, chunk), batch)
+    grid = (cdiv(m, t.M) * cdiv(n, chunk), batch)
     with torch.cuda.device_of(left):
         _apply[grid](
             table, left, right, keep.contiguous(), keys, steps, offset, m, n, rank, slices, chunk,
-            M=t.M, N=t.N, R=R, BLOCKS=triton.cdiv(rank, R), BFLOAT16=bfloat16, STOCHASTIC=stochastic and bfloat16,
+            M=t.M, N=t.N, R=R, BLOCKS=cdiv(rank, R), BFLOAT16=bfloat16, STOCHASTIC=stochastic and bfloat16,
             ALIGNED=aligned, EVEN=n % 2 == 0, WIDE=m * n >= 2**31, DOT=operand(dtype), PRECISION=precision(dtype),
             STAGES=t.stages, num_warps=t.warps,
         )  # fmt: skip

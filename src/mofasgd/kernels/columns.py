@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mofasgd.kernels import next_power_of_2
+
 
 @triton.jit
 def _root(pivot, least):
@@ -237,7 +239,7 @@ def independent_columns(gram: Tensor, dependent: float, twice: bool = True) -> t
         R2, N2 = _by_blocks(N1.mT @ (gram @ N1), squares, 0.5, False)
         return R2 @ R1, N1 @ N2
     R, N = torch.empty_like(gram), torch.empty_like(gram)
-    K = max(16, triton.next_power_of_2(k))
+    K = max(16, next_power_of_2(k))
     warps = {16: 1, 32: 2}.get(K, 8)
     with torch.cuda.device_of(gram):
         _columns[(batch,)](gram, R, N, k, DEPENDENT=dependent, TWICE=twice, K=K, num_warps=warps)
@@ -254,7 +256,7 @@ def pivoted_columns(gram: Tensor, squares: Tensor, least: float, share: float) -
     tried = k > 64
     R, N = _by_blocks(gram, squares, least, True) if tried else (torch.empty_like(gram), torch.empty_like(gram))
     lines, own_lines, closest = torch.empty_like(gram), torch.empty_like(gram), gram.new_empty(batch)
-    K = max(16, triton.next_power_of_2(k))
+    K = max(16, next_power_of_2(k))
     with torch.cuda.device_of(gram):
         _pivoted[(batch,)](
             gram, squares, R, N, lines, own_lines, closest, k, *squares.stride(), least, share,

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mofasgd.kernels import interpreted
+from mofasgd.kernels import interpreted, next_power_of_2
 
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -38,8 +38,7 @@ class Tiles(NamedTuple):
 
 def block(columns: int, most: int) -> int:
     """Return how many of the factors' `columns` are multiplied at a time: a power of two, `most` at most."""
-    power: int = triton.next_power_of_2(columns)
-    return min(most, max(16, power))
+    return min(most, max(16, next_power_of_2(columns)))
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mofasgd.kernels import pointers
+from mofasgd.kernels import cdiv, pointers
 from mofasgd.kernels.apply import turned
 from mofasgd.kernels.common import TYPES, Tiles, block, matrix_at, operand, precision, stochastic_bfloat16, tile_halves
 
@@ -150,11 +150,11 @@ def row_squares(
     if transposed:
         left, right, of_right, m, n, along, across = right, left, of_left, n, m, across, along
     t = tiles or _square_tiles(inner if left.dtype is torch.float16 else 0)
-    parts = triton.cdiv(n, t.chunk)
+    parts = cdiv(n, t.chunk)
     squares = left.new_empty(batch, parts, 2, m, dtype=torch.float32)
     terms = squares.new_empty(batch, m)
     with torch.cuda.device_of(left):
-        _squares[(triton.cdiv(m, t.M), parts, batch)](
+        _squares[(cdiv(m, t.M), parts, batch)](
             table, left, right, inverse, of_right, squares, terms, m, n, along, across, inner,
             M=t.M, N=t.N, R=block(inner, t.R), CHUNK=t.chunk, GRADIENT=TYPES[some.dtype], ALIGNED=aligned,
             WIDE=m * n >= 2**31, EXACT=m % t.M == 0 and n % t.N == 0, SCALE=scale, PRECISION=precision(left.dtype),
@@ -196,7 +196,7 @@ def scales_of(squares: Tensor, terms: Tensor | None, floor: Tensor, noise: float
     batch, parts, _, m = squares.shape
     scales = squares.new_empty(batch, m)
     with torch.cuda.device_of(squares):
-        _scales[(triton.cdiv(m, 256), batch)](
+        _scales[(cdiv(m, 256), batch)](
             squares, scales if terms is None else terms, floor, scales, m, parts, noise, math.sqrt(m),
             NOISE_OF_TERMS=terms is not None, M=256,
         )  # fmt: skip
@@ -324,7 +324,7 @@ def apply_complement(
     # Cast here, as by `apply_factored`.
     left, right = left.to(dtype).contiguous(), turned(right, dtype)
     with torch.cuda.device_of(left):
-        _apply[(triton.cdiv(m, t.M) * triton.cdiv(n, t.chunk), batch)](
+        _apply[(cdiv(m, t.M) * cdiv(n, t.chunk), batch)](
             weight_table, gradient_table, A, B, inverse, scales, left, right, keep, keys, steps,
             m, n, slices, inner, rank, M=t.M, N=t.N, R=block(inner, t.R), F=block(rank, 128 if low else 32),
             CHUNK=t.chunk, WEIGHT=TYPES[dtype], GRADIENT=TYPES[of],

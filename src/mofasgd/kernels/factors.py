@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mofasgd.kernels import cdiv, next_power_of_2
 from mofasgd.kernels.common import TYPES
 
 
@@ -63,8 +64,8 @@ def extend(U: Tensor, S: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
     U, S = U.contiguous(), S.contiguous()
     batch, m, rank = U.shape
     result = torch.empty(batch, m, 2 * rank, dtype=U.dtype, device=U.device)
-    N = min(64, max(16, triton.next_power_of_2(rank)))
-    grid = (triton.cdiv(m, 64), triton.cdiv(rank, N), batch)
+    N = min(64, max(16, next_power_of_2(rank)))
+    grid = (cdiv(m, 64), cdiv(rank, N), batch)
     with torch.cuda.device_of(U):
         _extend[grid](
             U, S, weights.contiguous(), kept.contiguous(), result, m, rank, M=64, N=N, K=min(32, N), num_warps=4
@@ -119,11 +120,11 @@ def cross(A: Tensor, S: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Ten
         dtype: bfloat16 or float32.
     """
     batch, m, width = A.shape
-    T = min(64, max(16, triton.next_power_of_2(width)))
-    tiles = triton.cdiv(width, T) ** 2
-    chunks = max(1, min(triton.cdiv(m, 256), triton.cdiv(1024, tiles * batch)))
-    chunk = triton.cdiv(triton.cdiv(m, chunks), 32) * 32
-    chunks = triton.cdiv(m, chunk)
+    T = min(64, max(16, next_power_of_2(width)))
+    tiles = cdiv(width, T) ** 2
+    chunks = max(1, min(cdiv(m, 256), cdiv(1024, tiles * batch)))
+    chunk = cdiv(cdiv(m, chunks), 32) * 32
+    chunks = cdiv(m, chunk)
     parts = A.new_empty(batch, chunks, 1 if S is None else 2, width, width)
     first, second = (A, A) if S is None else S
     with torch.cuda.device_of(A):
@@ -193,12 +194,12 @@ def join(
         dtype: of the result, float16 or float32.
     """
     batch, m, width = A.shape
-    N = min(64, max(16, triton.next_power_of_2(width)))
-    programs = triton.cdiv(m, 64)
+    N = min(64, max(16, next_power_of_2(width)))
+    programs = cdiv(m, 64)
     result = torch.empty(batch, m, 2 * width, dtype=dtype, device=A.device)
     squares = A.new_empty(batch, programs, 2 * width)
     with torch.cuda.device_of(A):
-        _join[(programs, triton.cdiv(width, N), batch)](
+        _join[(programs, cdiv(width, N), batch)](
             A, *S, weights.contiguous(), inverse, result, squares, m, width // 2, bound,
             M=64, N=N, K=min(32, N), LOW=TYPES[dtype], LEFT=left, num_warps=4,
         )  # fmt: skip

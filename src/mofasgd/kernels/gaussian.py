@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mofasgd.kernels import cdiv
 from mofasgd.kernels.common import random_words
 
 _DEVIATION: tl.constexpr = tl.constexpr(1 / math.sqrt(8 * (256**2 - 1) / 12))
@@ -41,4 +42,4 @@ def fill_gaussian(result: Tensor, keys: Tensor) -> None:
     """Fill contiguous matrices (p, rows, columns) of at most 2^30 elements each by keys (p, 2), `rng.key_tensor`."""
     count = result[0].numel()
     with torch.cuda.device_of(result):
-        _gaussian[(triton.cdiv(count, 1024), len(result))](result, keys, count, BLOCK=1024)
+        _gaussian[(cdiv(count, 1024), len(result))](result, keys, count, BLOCK=1024)

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mofasgd.kernels import cdiv, next_power_of_2
+
 
 class Cut(NamedTuple):
     """How a product is cut: rows M; columns N of the result (`gram`: T x T of it); columns K at a time; warps."""
@@ -152,7 +154,7 @@ def _excess(
 
 
 def _gram_cut(rank: int) -> Cut:
-    wide = max(16, triton.next_power_of_2(rank))
+    wide = max(16, next_power_of_2(rank))
     return Cut(32, 32 if wide == 16 else min(64, wide), 0, 4)
 
 
@@ -162,10 +164,10 @@ def gram(U: Tensor, S: Tensor, out: Tensor) -> None:
     batch, m, rank = U.shape
     M, T, _, warps = _gram_cut(rank)
     both = 2 * rank <= T
-    across = 1 if both else 2 * triton.cdiv(rank, T)
-    chunks = max(1, min(triton.cdiv(m, 256), triton.cdiv(512, across**2 * batch)))
-    chunk = triton.cdiv(triton.cdiv(m, chunks), M) * M
-    chunks = triton.cdiv(m, chunk)
+    across = 1 if both else 2 * cdiv(rank, T)
+    chunks = max(1, min(cdiv(m, 256), cdiv(512, across**2 * batch)))
+    chunk = cdiv(cdiv(m, chunks), M) * M
+    chunks = cdiv(m, chunk)
     parts = out if chunks == 1 else out.new_empty(batch, chunks, 2 * rank, 2 * rank)
     with torch.cuda.device_of(U):
         _gram[(across**2, chunks, batch)](
@@ -177,7 +179,7 @@ def gram(U: Tensor, S: Tensor, out: Tensor) -> None:
 
 def _whole_cut(rank: int) -> Cut:
     """Return how `advance` is cut: a program makes whole rows of the result, or it would spoil those of others."""
-    N = max(16, triton.next_power_of_2(rank))
+    N = max(16, next_power_of_2(rank))
     if N <= 128:
         return Cut(min(128, 2**12 // N), N, min(32, N) if N <= 64 else 16, 4)
     return Cut(max(16, min(64, 2**14 // N)), N, 16, 8)
@@ -191,7 +193,7 @@ def _launch(
     M, N, K, warps = cut
     scaled, turned = scale is not None, scale is None and other is not None
     with torch.cuda.device_of(U):
-        _combine[(triton.cdiv(m, M), triton.cdiv(rank, N), batch)](
+        _combine[(cdiv(m, M), cdiv(rank, N), batch)](
             U, S.contiguous(), weights.contiguous(), result, scale, other, active, m, rank,
             SCALED=scaled, TURNED=turned, M=M, N=N, K=K, num_warps=warps,
             # Three tiles of so wide weights are more than shared memory.
@@ -202,7 +204,7 @@ def _launch(
 def combine(U: Tensor, S: Tensor, weights: Tensor, active: Tensor) -> Tensor:
     """Return [U S] W (B, m, r) in float32 from W (B, 2r, r) float64; rows of matrices not `active` (B,) undefined."""
     U, rank = U.contiguous(), U.shape[-1]
-    result, wide = torch.empty_like(U), max(16, triton.next_power_of_2(rank))
+    result, wide = torch.empty_like(U), max(16, next_power_of_2(rank))
     _launch(U, S, weights, result, active, Cut(64, min(64, wide), min(32, wide), 4), None, None)
     return result
 
@@ -226,7 +228,7 @@ def excess(U: Tensor, S: Tensor, weights: Tensor, close: Tensor, out: Tensor) ->
     """Put ([U S] W)' [U S] W - I into `out` (B, r, r) where `close` (B,) bool; the others are as in `combine`."""
     batch, m, rank = U.shape
     T = 16 if rank <= 16 else 32
-    across = triton.cdiv(rank, T)
+    across = cdiv(rank, T)
     with torch.cuda.device_of(U):
         _excess[(across**2, batch)](
             U.contiguous(), S.contiguous(), weights.contiguous(), close, out, m, rank, across, M=32, T=T, K=16,

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mofasgd.kernels import cdiv, next_power_of_2
+
 SWEEPS = 15
 """At most. Cores of full rank stop well before; rows of rounding noise in others may stay at any angle."""
 
@@ -84,9 +86,9 @@ def orthogonal_rows(A: Tensor) -> Tensor:
     A is float32, contiguous, of magnitude about 1.
     """
     batch, rows, columns = A.shape
-    L, C = min(32, triton.next_power_of_2(rows)), triton.next_power_of_2(columns)
-    blocks = 2 * triton.cdiv(rows, L)
-    Q = max(1, min(triton.next_power_of_2(blocks // 2), _HELD // (L * C)))
+    L, C = min(32, next_power_of_2(rows)), next_power_of_2(columns)
+    blocks = 2 * cdiv(rows, L)
+    Q = max(1, min(next_power_of_2(blocks // 2), _HELD // (L * C)))
     warps = min(16, max(1, Q * L * C // 1024))
     with torch.cuda.device_of(A):
         _jacobi[(batch,)](

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mofasgd.kernels import pointers
+from mofasgd.kernels import cdiv, pointers
 from mofasgd.kernels.common import TYPES, matrix_at
 
 _CHUNK, _BLOCK = 1 << 16, 1 << 13
@@ -63,7 +63,7 @@ def norms_of(tensors: Sequence[Tensor | None], batch: int, squares: Tensor | Non
     size = some.numel() // slices
     table, aligned = pointers(tensors, slices, size * some.element_size(), some.device)
     chunk = _CHUNK if squares is None else _RARE
-    count = triton.cdiv(size, chunk)
+    count = cdiv(size, chunk)
     parts = torch.empty(batch, count, dtype=torch.float64, device=some.device)
     with torch.cuda.device_of(some):
         _norms[(count, batch)](

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mofasgd.kernels import pointers
+from mofasgd.kernels import cdiv, next_power_of_2, pointers
 from mofasgd.kernels.common import TYPES, matrix_at, operand, precision
 
 WIDEST = 256
@@ -142,15 +142,15 @@ def sketch_list(
     if swap:
         left, right, m, n, r, q, along, across = right, left, n, m, q, r, across, along
     # 16 columns take longer than 32.
-    R, Q = (max(32, triton.next_power_of_2(width)) for width in (r, q))
+    R, Q = (max(32, next_power_of_2(width)) for width in (r, q))
     M, N, warps, stages, panel = cut or _cut(dtype, n, q, max(R, Q))
-    tall = triton.cdiv(min(panel, m), M)
+    tall = cdiv(min(panel, m), M)
     panel = tall * M
-    panels = triton.cdiv(m, panel)
+    panels = cdiv(m, panel)
     AB = torch.empty(batch, m, r, dtype=torch.float32, device=left.device)
     parts = AB.new_empty(batch, panels, n, q)
     with torch.cuda.device_of(left):
-        _products[(panels * (tall + triton.cdiv(n, M)), batch)](
+        _products[(panels * (tall + cdiv(n, M)), batch)](
             matrices, right, left, AB, parts, AB if squares is None else squares, m, n, r, q,
             right.shape[-1], left.shape[-1], panel, along, across,
             M=M, N=N, R=R, Q=Q, DTYPE=TYPES[dtype], DOT=operand(dtype), PRECISION=precision(dtype), ALIGNED=aligned,
@@ -174,7 +174,7 @@ def sketch_and_measure(
 
 def _by_blocks(gradients: Sequence[Tensor | None], left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Return `sketch_list` of factors wider than a program multiplies by."""
-    count = max(triton.cdiv(t.shape[-1], WIDEST) for t in (left, right))
+    count = max(cdiv(t.shape[-1], WIDEST) for t in (left, right))
     pairs = zip(*([part.contiguous() for part in t.chunk(count, -1)] for t in (left, right)), strict=True)
     found = [sketch_list(gradients, *pair) for pair in pairs]
     return torch.cat([one[0] for one in found], -1), torch.cat([one[1] for one in found], -1)
