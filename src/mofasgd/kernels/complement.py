@@ -278,7 +278,9 @@ def _apply_tiles(inner: int) -> Tiles:
     """Return the tiles for `inner` columns of float16 factors, 0: of float32."""
     if inner == 0:
         return Tiles(64, 64, 32, 512, 8, 2)
-    return Tiles(128, 64, 128, 1024, 8, 3) if inner <= 128 else Tiles(64, 64, 128, 512, 4, 2)
+    if inner <= 128:
+        return Tiles(128, 64, 128, 1024, 8, 3)
+    return Tiles(128, 32, 256, 1024, 8, 3) if inner <= 256 else Tiles(64, 64, 128, 512, 4, 2)
 
 
 def apply_complement(
