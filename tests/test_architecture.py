@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "mofasgd"
 LAYERS = [
     {"precision", "layout", "kernels", "snapshot"},
     {"rng", "dist"},
-    {"momentum", "options", "apply"},
+    {"columns", "momentum", "options", "apply"},
     {"algebra", "clipping", "complement", "adamw", "state", "groups"},
     {"solver", "gradient", "residual"},
     {"attach", "buckets"},

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mofasgd import algebra
+from mofasgd import algebra, columns
 from mofasgd.apply import Rounding, apply_update
 from mofasgd.kernels import pointers
 from mofasgd.momentum import sketch
@@ -327,7 +327,7 @@ def test_addresses_are_those_of_the_matrices():
 def by_kernel(gram):
     from mofasgd.kernels.columns import independent_columns
 
-    R, N = independent_columns(gram.to(DEVICE), algebra.DEPENDENT)
+    R, N = independent_columns(gram.to(DEVICE), columns.DEPENDENT)
     return R.cpu(), N.cpu()
 
 
@@ -336,13 +336,13 @@ def by_pivots(gram, squares=None):
 
     gram = gram.to(DEVICE)
     squares = gram.diagonal(dim1=-2, dim2=-1) if squares is None else squares.to(DEVICE)
-    R, N, closest = pivoted_columns(gram, squares, algebra.DEPENDENT, algebra.SHARE)
+    R, N, closest = pivoted_columns(gram, squares, columns.DEPENDENT, columns.SHARE)
     return R.cpu(), N.cpu(), closest.cpu()
 
 
 @pytest.mark.parametrize(
     ("factorize", "k"),
-    [(algebra.independent_columns, k) for k in (10, 64, 130)] + [(by_kernel, k) for k in (10, 20, 64, 72)]
+    [(columns.independent_columns, k) for k in (10, 64, 130)] + [(by_kernel, k) for k in (10, 20, 64, 72)]
     + [(by_pivots, k) for k in (10, 20, 40, 72)],
 )  # fmt: skip
 def test_dependent_columns_are_left_out(factorize, k):
@@ -360,7 +360,7 @@ def test_dependent_columns_are_left_out(factorize, k):
     assert ((Q @ R - A).norm(dim=-2) / A.norm(dim=-2).clamp(min=1e-30)).max() <= 1e-9
 
 
-@pytest.mark.parametrize("factorize", [algebra.independent_columns, by_kernel, by_pivots])
+@pytest.mark.parametrize("factorize", [columns.independent_columns, by_kernel, by_pivots])
 @pytest.mark.parametrize(("distance", "kept"), [(2e-6, False), (5e-5, True)])
 def test_a_column_depends_on_others_by_its_distance_to_them(factorize, distance, kept):
     A = torch.linalg.qr(torch.randn(2, 40, 11, dtype=torch.float64))[0]
@@ -369,7 +369,7 @@ def test_a_column_depends_on_others_by_its_distance_to_them(factorize, distance,
     assert (N[:, :, 3].norm(dim=-1) > 0).tolist() == [kept, kept]
 
 
-@pytest.mark.parametrize("factorize", [algebra.pivoted_columns, by_pivots])
+@pytest.mark.parametrize("factorize", [columns.pivoted_columns, by_pivots])
 def test_a_column_of_which_little_is_left_waits_for_one_that_shows_its_direction_better(factorize):
     # Of columns of length 1 others have left one direction, of the first hardly more than rounding.
     left = torch.randn(3, 1, 12, dtype=torch.float64)
@@ -383,7 +383,7 @@ def test_a_column_of_which_little_is_left_waits_for_one_that_shows_its_direction
     assert (R.mT @ R - gram).abs().max() <= 1e-12
 
 
-@pytest.mark.parametrize(("factorize", "k"), [(algebra.pivoted_columns, 12), (by_pivots, 12), (by_pivots, 72)])
+@pytest.mark.parametrize(("factorize", "k"), [(columns.pivoted_columns, 12), (by_pivots, 12), (by_pivots, 72)])
 def test_the_given_order_stays_only_where_it_is_that_of_the_pivots(factorize, k):
     A = torch.linalg.qr(torch.randn(2, k + 9, k, dtype=torch.float64))[0]
     A = A + 0.1 * A[:, :, -1:]
@@ -403,7 +403,7 @@ def test_the_given_order_stays_only_where_it_is_that_of_the_pivots(factorize, k)
 def test_a_step_by_kernels_is_seen_by_autograd_and_leaves_the_state_whole(complement, monkeypatch):
     from mofasgd import MoFaSGD, factored, gradient
 
-    for module in (algebra, factored, gradient):
+    for module in (algebra, columns, factored, gradient):
         monkeypatch.setattr(module, "usable", lambda device: True)
     W = torch.nn.Parameter(torch.randn(40, 24))
     opt = MoFaSGD([W], lr=0.1, rank=3, complement=complement)
@@ -457,7 +457,7 @@ def test_a_step_in_place_is_the_step_beside(shape, rule, monkeypatch):
         return opt, weights
 
     expected, theirs = train()
-    for module in (algebra, factored, gradient):
+    for module in (algebra, columns, factored, gradient):
         monkeypatch.setattr(module, "usable", lambda device: True)
     found, ours = train()
     for W, other in zip(ours, theirs, strict=True):
@@ -489,7 +489,7 @@ def test_a_step_with_the_complement_is_the_step_by_torch(dtype, solver, monkeypa
         return opt, weights
 
     expected, theirs = train()
-    for module in (algebra, factored, gradient):
+    for module in (algebra, columns, factored, gradient):
         monkeypatch.setattr(module, "usable", lambda device: True)
     found, ours = train()
     # Factors are rounded to the gradient's dtype, and some elements of a weight to another neighbour.

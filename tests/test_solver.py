@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_robustness import kinds_of_gradient
 
-from mofasgd import MoFaSGD, algebra
+from mofasgd import MoFaSGD, algebra, columns
 from mofasgd.gradient import FirstWindow, first_factors
 from mofasgd.layout import MatrixShape
 from mofasgd.momentum import Factors, moving, real_factors, sketch
@@ -156,7 +156,8 @@ def test_what_is_close_to_the_momentum_is_neither_lost_nor_skewed(distance, dire
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
 def test_a_gpu_polishes_too(monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr(algebra, "usable", lambda device: True)
+    for module in (algebra, columns):
+        monkeypatch.setattr(module, "usable", lambda device: True)
     check_close(6e-6, 1, 6)
 
 
@@ -166,7 +167,8 @@ def test_a_gpu_polishes_too(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gpus_way_keeps_the_budget(kind, direct, monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr(algebra, "usable", lambda device: True)
+    for module in (algebra, columns):
+        monkeypatch.setattr(module, "usable", lambda device: True)
     monkeypatch.setitem(algebra._DIRECT, "cpu", direct)
     after, K, _ = solved(*case(kind, 60, 50, 6, batch=2), 0.95)
     check(after, K, 6)
@@ -175,7 +177,7 @@ def test_a_gpus_way_keeps_the_budget(kind, direct, monkeypatch):
 @pytest.mark.parametrize("rows", [4096, 4098, 4099])
 def test_products_of_tall_matrices_are_the_same_by_strips(rows):
     A, B = (torch.randn(2, rows, k, dtype=DOUBLE, device=DEVICE) for k in (5, 3))
-    assert torch.allclose(algebra.tall_product(A, B[:1].expand_as(B)), A.mT @ B[:1], rtol=1e-10, atol=1e-10)
+    assert torch.allclose(columns.tall_product(A, B[:1].expand_as(B)), A.mT @ B[:1], rtol=1e-10, atol=1e-10)
 
 
 def test_a_factor_scales_the_gradient_and_beta_may_be_a_tensor():

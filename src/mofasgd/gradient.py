@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mofasgd.algebra import by_gram, completed, start, tall_product
+from mofasgd.algebra import by_gram, start
+from mofasgd.columns import completed, tall_product
 from mofasgd.kernels import usable
 from mofasgd.layout import MatrixShape, as_matrices
 from mofasgd.momentum import (

@@ -5,28 +5,28 @@ from mutants import Mutant
 MUTANTS = [
     Mutant(
         "no completion of null directions",
-        "algebra.py",
+        "columns.py",
         "return orthonormal(torch.where(missing, fill, Q), twice=False)[0]",
         "return Q",
         "test_solver.py::test_the_update_keeps_its_budget_on_every_spectrum",
     ),
     Mutant(
         "dependent columns kept",
-        "algebra.py",
+        "columns.py",
         "kept[matrix, chosen] = real = pivot > least",
         "kept[matrix, chosen] = real = pivot > 0",
         "test_kernels.py::test_a_column_depends_on_others_by_its_distance_to_them",
     ),
     Mutant(
         "columns taken in order, however little is left of them",
-        "algebra.py",
+        "columns.py",
         "\nSHARE = 0.5",
         "\nSHARE = 0.0",
         "test_solver.py::test_the_update_keeps_its_budget_on_every_spectrum",
     ),
     Mutant(
         "LAPACK's order, however little is left of a column",
-        "algebra.py",
+        "columns.py",
         "~((pivots >= SHARE * most) & (pivots > least)).all(dim=-1) | (failed != 0)",
         "failed != 0",
         "test_solver.py::test_the_update_keeps_its_budget_on_every_spectrum",
@@ -286,7 +286,7 @@ MUTANTS = [
     ),
     Mutant(
         "the first strip stands for all",
-        "algebra.py",
+        "columns.py",
         "parts.view(batch, strips, *parts.shape[1:]).sum(dim=1)",
         "strips * parts.view(batch, strips, *parts.shape[1:])[:, 0]",
         "test_solver.py::test_products_of_tall_matrices_are_the_same_by_strips",

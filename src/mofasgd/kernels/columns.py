@@ -1,6 +1,6 @@
 """Orthonormal combinations of a matrix's columns from its Gram matrix, one launch for many.
 
-`pivoted_columns` equals that of `mofasgd.algebra`: Gram-Schmidt on the Gram matrix, a dependent column left out.
+`pivoted_columns` equals that of `mofasgd.columns`: Gram-Schmidt on the Gram matrix, a dependent column left out.
 `independent_columns` takes the columns in order, by blocks where they are many. Many columns are taken in order first,
 and only where that is not the order of the pivots one by one.
 """
@@ -63,7 +63,7 @@ def _pivoted(
     gram, squares, R, N, lines, own_lines, closest, k, of_batch, of_column, least, share,
     TRIED: tl.constexpr, K: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """R and N of the Gram matrix number program_id(0), its columns in the order of `algebra.pivoted_columns`.
+    """R and N of the Gram matrix number program_id(0), its columns in the order of `mofasgd.columns.pivoted_columns`.
 
     `squares` has strides (of_batch, of_column). TRIED: R and N hold the outcome of the given order, which stays if it
     is that of the pivots. lines, own_lines: rows of R and columns of N in that order, of unit columns, T at a time.
@@ -249,7 +249,7 @@ def independent_columns(gram: Tensor, dependent: float, twice: bool = True) -> t
 def pivoted_columns(gram: Tensor, squares: Tensor, least: float, share: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return (R, N) (B, k, k) of finite Gram matrices (B, k, k), whose columns have these `squares` (B, k); how close.
 
-    All float64. `least` and `share` are `algebra.DEPENDENT` and `algebra.SHARE`; the last is as there.
+    All float64. `least` and `share` are `DEPENDENT` and `SHARE` of `mofasgd.columns`; the last is as there.
     """
     batch, k, _ = gram.shape
     gram = gram.contiguous()
