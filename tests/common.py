@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from mofasgd import columns
+from mofasgd import algebra, columns
 
 F64 = {"state_dtype": torch.float64}
 
@@ -32,7 +32,7 @@ def run(opt, params, grads):
 class NoReadback(TorchFunctionMode):
     """Fail on every method by which a tensor's value reaches the host.
 
-    A CPU may look at its own memory, as a shortcut of `mofasgd.columns` does: here it goes the way of other devices.
+    A CPU may look at its own memory, as two shortcuts do: here it goes the way of other devices.
     """
 
     NAMES = frozenset(
@@ -40,11 +40,12 @@ class NoReadback(TorchFunctionMode):
     )
 
     def __enter__(self):
-        self.shortcut, columns._in_order = columns._in_order, columns._by_pivots
+        self.shortcuts = columns._in_order, algebra._idle
+        columns._in_order, algebra._idle = columns._by_pivots, lambda close: False
         return super().__enter__()
 
     def __exit__(self, *error):
-        columns._in_order = self.shortcut
+        columns._in_order, algebra._idle = self.shortcuts
         return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -119,14 +119,20 @@ def polished(tall: Sequence[tuple[Tensor, Tensor]], weights: Tensor, closest: Te
         closest: (B,), from `tall_columns`.
     """
     close = closest < _CLOSE
-    if close.device.type == "cpu" and not close.any():
+    if _idle(close):
         return weights
     excess = weights.new_zeros(len(weights), weights.shape[-1], weights.shape[-1])
     end = 0
     for A, B in tall:
         part = slice(end, end := end + len(A))
-        _excess(A, B, weights[part], close[part], excess[part])
+        if not _idle(close[part]):
+            _excess(A, B, weights[part], close[part], excess[part])
     return torch.baddbmm(weights, weights, excess, alpha=-0.5)
+
+
+def _idle(close: Tensor) -> bool:
+    """Return whether none is close, where the host can see it."""
+    return close.device.type == "cpu" and not close.any()
 
 
 def _excess(A: Tensor, B: Tensor, weights: Tensor, close: Tensor, out: Tensor) -> None:
@@ -136,11 +142,10 @@ def _excess(A: Tensor, B: Tensor, weights: Tensor, close: Tensor, out: Tensor) -
 
         on_gpu(A, B, weights, close, out)
         return
-    where = close.nonzero()[:, 0] if close.device.type == "cpu" else torch.arange(len(close), device=close.device)
-    Q = torch.cat([A[where], B[where]], dim=-1).double() @ weights[where]
+    Q = torch.cat([A, B], dim=-1).double() @ weights
     found = Q.mT @ Q
     found.diagonal(dim1=-2, dim2=-1).sub_(1)
-    out[where] = torch.where(close[where, None, None], found, 0.0)
+    out.copy_(torch.where(close[:, None, None], found, 0.0))
 
 
 def _right_vectors(core: Tensor, rank: int) -> Tensor:
