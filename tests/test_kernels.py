@@ -336,7 +336,7 @@ def by_pivots(gram, squares=None):
 
     gram = gram.to(DEVICE)
     squares = gram.diagonal(dim1=-2, dim2=-1) if squares is None else squares.to(DEVICE)
-    R, N, closest = pivoted_columns(gram, squares, columns.DEPENDENT, columns.SHARE)
+    R, N, closest = pivoted_columns(gram, squares, columns.DEPENDENT, columns.SHARE, columns.ENOUGH)
     return R.cpu(), N.cpu(), closest.cpu()
 
 

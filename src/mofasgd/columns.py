@@ -26,7 +26,10 @@ DEPENDENT = 8e-11
 Products in float64 leave an error of some 1e-15 in that square, hence 1e-5 in the length of what is kept."""
 
 SHARE = 0.5
-"""Of the most that is left of any column: what must be left of the next one."""
+"""Of the most that is left of any column: what must be left of the next one, unless `ENOUGH` is."""
+
+ENOUGH = 1e-3
+"""Of a column's own square: with so much left, its rounding to float32 has turned the direction by 2e-6."""
 
 WIDEST = 1024
 """Columns of what is still worked on by Gram matrices on a GPU: factors, or the first window's sketches."""
@@ -54,9 +57,9 @@ def independent_columns(gram: Tensor, *, twice: bool = True) -> tuple[Tensor, Te
 def pivoted_columns(gram: Tensor, squares: Tensor, least: float = DEPENDENT) -> tuple[Tensor, Tensor, Tensor]:
     """Return R and N as `independent_columns` does once, with columns of which little is left put off; and how little.
 
-    The next column is the first of which at least `SHARE` of the most that is left of any is left, both as parts of
-    their `squares`. In order, what rounding leaves of a column may become a direction, of which later columns that
-    really have it are cleared; and what is left of these is more rounding than `least` allows for.
+    The next column is the first of which `ENOUGH` is left, or at least `SHARE` of the most that is left of any, both as
+    parts of their `squares`. In order, what rounding leaves of a column may become a direction, of which later columns
+    that really have it are cleared; and what is left of these is more rounding than `least` allows for.
 
     Args:
         gram: (B, k, k), of columns, or of what others have left of them.
@@ -69,7 +72,7 @@ def pivoted_columns(gram: Tensor, squares: Tensor, least: float = DEPENDENT) -> 
     if usable(gram.device):
         from mofasgd.kernels.columns import pivoted_columns as on_gpu
 
-        return on_gpu(gram, squares, least, SHARE)
+        return on_gpu(gram, squares, least, SHARE, ENOUGH)
     lengths = torch.where(squares > 0, squares, 1.0).sqrt()
     unit = gram / (lengths[:, :, None] * lengths[:, None, :])
     R, N = (_in_order if unit.device.type == "cpu" else _by_pivots)(unit, least)
@@ -85,7 +88,7 @@ def _in_order(A: Tensor, least: float) -> tuple[Tensor, Tensor]:
     # What is left of column k when it is the turn of column j: sum of R_ik^2 over i >= j.
     most = R.square().flip(-2).cumsum(dim=-2).flip(-2).amax(dim=-1)
     pivots = R.diagonal(dim1=-2, dim2=-1).square()
-    other = ~((pivots >= SHARE * most) & (pivots > least)).all(dim=-1) | (failed != 0)
+    other = ~((pivots >= (SHARE * most).clamp(max=ENOUGH)) & (pivots > least)).all(dim=-1) | (failed != 0)
     if other.any():
         R[other], N[other] = _by_pivots(A[other], least)
     return R, N
@@ -100,7 +103,8 @@ def _by_pivots(A: Tensor, least: float) -> tuple[Tensor, Tensor]:
     # What is left of the columns; -1: their turn has been.
     left = A.diagonal(dim1=-2, dim2=-1).clamp(min=0)
     for _ in range(k):
-        chosen = (left >= SHARE * left.amax(dim=-1, keepdim=True)).int().argmax(dim=-1)
+        most = left.amax(dim=-1, keepdim=True)
+        chosen = (left >= (SHARE * most).clamp(max=ENOUGH)).int().argmax(dim=-1)
         line = torch.where(left >= 0, A[matrix, chosen], 0.0)
         pivot = line[matrix, chosen]
         kept[matrix, chosen] = real = pivot > least

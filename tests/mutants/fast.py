@@ -27,14 +27,14 @@ MUTANTS = [
     Mutant(
         "LAPACK's order, however little is left of a column",
         "columns.py",
-        "~((pivots >= SHARE * most) & (pivots > least)).all(dim=-1) | (failed != 0)",
+        "~((pivots >= (SHARE * most).clamp(max=ENOUGH)) & (pivots > least)).all(dim=-1) | (failed != 0)",
         "failed != 0",
         "test_solver.py::test_the_update_keeps_its_budget_on_every_spectrum",
     ),
     Mutant(
         "columns taken in order by the kernel",
         "kernels/columns.py",
-        "j = tl.min(tl.where(left >= share * most, column, K), 0)",
+        "j = tl.min(tl.where(left >= tl.minimum(share * most, enough), column, K), 0)",
         "j = tl.min(tl.where(left >= 0, column, K), 0)",
         "test_kernels.py::test_a_column_of_which_little_is_left_waits_for_one_that_shows_its_direction_better",
     ),
@@ -55,7 +55,7 @@ MUTANTS = [
     Mutant(
         "the given order stays, however little is left of a column",
         "kernels/columns.py",
-        "bad = (pivot <= least) | (pivot < share * tl.max(left, 1))",
+        "bad = (pivot <= least) | (pivot < tl.minimum(share * tl.max(left, 1), enough))",
         "bad = pivot <= least",
         "test_kernels.py::test_the_given_order_stays_only_where_it_is_that_of_the_pivots",
     ),

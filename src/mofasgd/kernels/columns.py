@@ -39,7 +39,7 @@ def _orthogonalize(A, row, column, k, least):
 
 
 @triton.jit
-def _kept_order(R, length, column, inside, k, least, share, T: tl.constexpr):
+def _kept_order(R, length, column, inside, k, least, share, enough, T: tl.constexpr):
     """Return whether R, made of columns of these lengths in order, is that of the pivots; and the smallest pivot."""
     below = tl.zeros_like(length)
     wrong, closest = 0, tl.full([], 1.0, tl.float64)
@@ -52,7 +52,7 @@ def _kept_order(R, length, column, inside, k, least, share, T: tl.constexpr):
         left = tl.cumsum(squares, 0, reverse=True) + below[None, :]
         below += tl.sum(squares, 0)
         pivot = tl.sum(tl.where(row[:, None] == column[None, :], squares, 0.0), 1)
-        bad = (pivot <= least) | (pivot < share * tl.max(left, 1))
+        bad = (pivot <= least) | (pivot < tl.minimum(share * tl.max(left, 1), enough))
         wrong += tl.sum(tl.where(bad & (row < k), 1, 0), 0)
         closest = tl.minimum(closest, tl.min(tl.where(row < k, pivot, 1.0), 0))
     return wrong == 0, closest
@@ -60,7 +60,7 @@ def _kept_order(R, length, column, inside, k, least, share, T: tl.constexpr):
 
 @triton.jit
 def _pivoted(
-    gram, squares, R, N, lines, own_lines, closest, k, of_batch, of_column, least, share,
+    gram, squares, R, N, lines, own_lines, closest, k, of_batch, of_column, least, share, enough,
     TRIED: tl.constexpr, K: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """R and N of the Gram matrix number program_id(0), its columns in the order of `mofasgd.columns.pivoted_columns`.
@@ -80,7 +80,7 @@ def _pivoted(
     length = tl.load(squares + number * of_batch + column * of_column, mask=inside, other=1.0)
     length = tl.sqrt(tl.where(length > 0, length, 1.0))
     if TRIED:
-        done, smallest = _kept_order(R, length, column, inside, k, least, share, T)
+        done, smallest = _kept_order(R, length, column, inside, k, least, share, enough, T)
         if done:
             tl.store(closest + number, smallest)
             return
@@ -95,7 +95,7 @@ def _pivoted(
     left = tl.where(inside, tl.maximum(left, 0.0), -1.0)
     count, most = 0, tl.max(left, 0)
     while most > least:
-        j = tl.min(tl.where(left >= share * most, column, K), 0)
+        j = tl.min(tl.where(left >= tl.minimum(share * most, enough), column, K), 0)
         its_length = tl.sum(tl.where(column == j, length, 0.0), 0)
         line = tl.load(gram + j * k + column, mask=inside, other=0.0) / (its_length * length)
         own = (column == j).to(tl.float64)
@@ -246,10 +246,12 @@ def independent_columns(gram: Tensor, dependent: float, twice: bool = True) -> t
     return R, N
 
 
-def pivoted_columns(gram: Tensor, squares: Tensor, least: float, share: float) -> tuple[Tensor, Tensor, Tensor]:
+def pivoted_columns(
+    gram: Tensor, squares: Tensor, least: float, share: float, enough: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return (R, N) (B, k, k) of finite Gram matrices (B, k, k), whose columns have these `squares` (B, k); how close.
 
-    All float64. `least` and `share` are `DEPENDENT` and `SHARE` of `mofasgd.columns`; the last is as there.
+    All float64. `least`, `share` and `enough` are `DEPENDENT`, `SHARE` and `ENOUGH` of `mofasgd.columns`.
     """
     batch, k, _ = gram.shape
     gram = gram.contiguous()
@@ -259,7 +261,7 @@ def pivoted_columns(gram: Tensor, squares: Tensor, least: float, share: float) -
     K = max(16, next_power_of_2(k))
     with torch.cuda.device_of(gram):
         _pivoted[(batch,)](
-            gram, squares, R, N, lines, own_lines, closest, k, *squares.stride(), least, share,
+            gram, squares, R, N, lines, own_lines, closest, k, *squares.stride(), least, share, enough,
             TRIED=tried, K=K, T=max(1, min(16, 4096 // K)), num_warps=max(1, min(8, K // 32)),
         )  # fmt: skip
     return R, N, closest

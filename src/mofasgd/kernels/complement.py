@@ -119,8 +119,10 @@ def _square_tiles(inner: int) -> Tiles:
         return Tiles(64, 64, 32, 2048, 8, 2)
     if inner <= 128:
         return Tiles(128, 64, 128, 4096, 8, 3)
+    if inner <= 256:
+        return Tiles(128, 64, 256, 4096, 8, 3)
     # All columns of the factors at once, where shared memory has room for them.
-    return Tiles(128, 32, 512, 2048, 8, 2) if inner <= 512 else Tiles(128, 64, 128, 2048, 8, 2)
+    return Tiles(64, 32, 512, 2048, 4, 3) if inner <= 512 else Tiles(128, 64, 128, 2048, 8, 2)
 
 
 def row_squares(
@@ -280,7 +282,9 @@ def _apply_tiles(inner: int) -> Tiles:
         return Tiles(64, 64, 32, 512, 8, 2)
     if inner <= 128:
         return Tiles(128, 64, 128, 1024, 8, 3)
-    return Tiles(128, 32, 256, 1024, 8, 3) if inner <= 256 else Tiles(64, 64, 128, 512, 4, 2)
+    if inner <= 256:
+        return Tiles(128, 32, 256, 1024, 8, 3)
+    return Tiles(64, 32, 512, 1024, 4, 3) if inner <= 512 else Tiles(64, 64, 128, 512, 4, 2)
 
 
 def apply_complement(
