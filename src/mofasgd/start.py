@@ -12,8 +12,8 @@ from mofasgd.gradient import FirstWindow, first_factors, start_all
 from mofasgd.kernels import usable
 from mofasgd.momentum import Factors, init_widths, power_of_two, real_factors, sketch
 
-TOGETHER = 1 << 27
-"""Elements of sketches that are turned into momenta at a time (512 MiB, some temporaries as large)."""
+TOGETHER = 1 << 26
+"""Elements of sketches that are turned into momenta at a time (256 MiB, some temporaries as large)."""
 
 
 class Start(Update):
