@@ -210,3 +210,42 @@ def test_casts_are_the_newest_factors_after_layers_started_were_regrouped_frozen
     assert train(2) == 2
     first.requires_grad_(True)
     assert train(4) == 3
+
+
+def test_a_step_refused_for_one_group_leaves_the_sketches_of_all():
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(24, 24, bias=False), nn.Linear(24, 16, bias=False))]
+    nets.append(copy.deepcopy(nets[0]))
+    opts = [MoFaSGD([{"params": layer.parameters()} for layer in net], rank=3) for net in nets]
+    x = torch.randn(9, 24)
+    for net, opt in zip(nets, opts, strict=True):
+        opt.attach(net)
+        net(x).square().sum().backward()
+    opts[0].param_groups[1]["complement"] = 1.0
+    with pytest.raises(ValueError, match="complement"):
+        opts[0].step()
+    opts[0].param_groups[1]["complement"] = 0.0
+    for opt in opts:
+        opt.step()
+    assert all(torch.equal(p, q) for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+
+
+def test_a_parameter_whose_number_changes_keeps_what_it_has_gathered():
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(24, 24, bias=False), nn.Linear(24, 16, bias=False))]
+    nets.append(copy.deepcopy(nets[0]))
+    opts = [MoFaSGD(net.parameters(), rank=3) for net in nets]
+    opts[0].attach(nets[0])
+    x = torch.randn(4, 9, 24)
+    for net, opt in zip(nets, opts, strict=True):
+        for i in range(2):
+            net(x[i]).square().sum().backward()
+            opt.step()
+            opt.zero_grad()
+        net(x[2]).square().sum().backward()
+        frozen = opt.param_groups[0]["params"].pop(0).requires_grad_(False)
+        frozen.grad = None
+        net(x[3]).square().sum().backward()
+        opt.step()
+    found, expected = (opt.momentum(net[1].weight) for net, opt in zip(nets, opts, strict=True))
+    assert (found - expected).norm() <= 1e-5 * expected.norm()

@@ -152,6 +152,15 @@ def test_what_is_close_to_the_momentum_is_neither_lost_nor_skewed(distance, dire
     check_close(distance, directions, 8)
 
 
+@pytest.mark.parametrize("decades", [5, 7])
+def test_subspace_iteration_loses_no_small_direction_of_the_momentum(decades, monkeypatch):
+    monkeypatch.setitem(algebra._DIRECT, DEVICE.type, 16)
+    U, _, V, G = case("zero", 80, 70, 33)
+    s = torch.logspace(0, -decades, 33, dtype=DOUBLE).expand(3, 33)
+    (U, s, V), K, _ = solved(U, s, V, G, 0.95)
+    assert (torch.linalg.matrix_norm(K - (U * s[:, None, :]) @ V.mT) <= 1e-6 * torch.linalg.matrix_norm(K)).all()
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="all tests run the kernels there")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::DeprecationWarning:triton")
 def test_a_gpu_polishes_too(monkeypatch):

@@ -1,7 +1,10 @@
 """Optimizer state: what it holds, that it survives files and other libraries, and that resume changes no bit."""
 
+import copy
+import gc
 import io
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from mofasgd import MoFaSGD, param_groups
+from mofasgd.factored import Update
 
 
 def make(dtype=torch.float32, seed=0, **options):
@@ -285,3 +289,100 @@ def test_the_count_of_bad_steps_is_what_a_users_hook_makes_of_it():
     opt.register_load_state_dict_pre_hook(lambda _, saved: saved | {"nonfinite_steps": 7})
     opt.load_state_dict(MoFaSGD([W], rank=2).state_dict())
     assert opt.nonfinite_steps == 7
+
+
+def layers(attach=False, **options):
+    """Return two layers of one shape and one of another, and their optimizer, after two steps."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(24, 24, bias=False), nn.Linear(24, 24, bias=False), nn.Linear(24, 16, bias=False))
+    opt = MoFaSGD(net.parameters(), rank=3, lr=0.01, **options)
+    if attach:
+        opt.attach(net)
+    for i in range(2):
+        back(net, i)
+        opt.step()
+        opt.zero_grad()
+    return net, opt
+
+
+def back(net, seed):
+    x = torch.randn(9, 24, generator=torch.Generator().manual_seed(seed))
+    net(x).tanh().square().sum().backward()
+
+
+def renewed(net, opt, attach=False):
+    """Return a copy of the layers and an optimizer that has loaded the state."""
+    net = copy.deepcopy(net).requires_grad_()
+    other = MoFaSGD(net.parameters(), rank=3, lr=0.01)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    if attach:
+        other.attach(net)
+    return net, other
+
+
+def assert_same_steps(net, opt, attach=False):
+    """Hold that the optimizer steps as one that has loaded its state."""
+    pairs = [(net, opt), renewed(net, opt, attach)]
+    for i in range(10, 12):
+        for model, one in pairs:
+            model.zero_grad()
+            back(model, i)
+            one.step()
+    for p, q in zip(*(model.parameters() for model, _ in pairs), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("attach", [False, True])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_after_a_step_that_failed_midway_another_steps_by_what_is_there(fresh, attach, monkeypatch):
+    net, opt = layers(attach)
+    if fresh:
+        opt.state.clear()
+    back(net, 5)
+    gradients = [] if attach else [weakref.ref(p.grad) for p in net.parameters()]
+    take, calls = Update.take, iter([True, False])
+
+    def failing(self, *args):
+        if not next(calls):
+            raise torch.OutOfMemoryError
+        take(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Update, "take", failing)
+        with pytest.raises(torch.OutOfMemoryError):
+            opt.step()
+    opt.zero_grad()
+    gc.collect()
+    assert not any(ref() is not None for ref in gradients)
+    assert_same_steps(net, opt, attach)
+
+
+@pytest.mark.parametrize("attach", [False, True])
+def test_state_put_in_place_of_another_is_what_steps(attach):
+    net, opt = layers(attach)
+    first, second, _ = net.parameters()
+    # Reset: it starts anew.
+    opt.state[first] = {key: torch.zeros_like(value) for key, value in opt.state[first].items()}
+    for value in opt.state[second].values():
+        value.data = value.data.clone()
+    before = first.detach().clone()
+    assert_same_steps(net, opt, attach)
+    assert not torch.equal(first, before)
+    opt.state.clear()
+    assert_same_steps(net, opt, attach)
+
+
+def test_looking_at_the_state_of_a_frozen_parameter_changes_nothing():
+    net, opt = layers()
+    net[0].weight.requires_grad_(False)
+    del opt.state[net[0].weight]
+    back(net, 5)
+    opt.step()
+    assert not opt.state[net[0].weight]
+    opt.zero_grad()
+    found = []
+    for i in range(2):
+        back(net, i)
+        opt.step()
+        found.append(opt._arrangement)
+    assert found[0] is found[1]

@@ -103,6 +103,9 @@ class FactoredOptimizer(Optimizer):
             self._make(
                 [(i, p, g) for i, p, g in owned if (p.requires_grad or p.grad is not None) and not self.state[p]]
             )
+            if self._complete is not None and not self._complete.keeps(self.state):
+                # Which matrices of another state are pending is not known.
+                self._pending = None
             self._complete = Complete(owned, self.state)
         if self._pending is None:
             # What a library has replaced: torch's state_dict knows only what is in the groups.

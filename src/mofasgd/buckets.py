@@ -61,15 +61,20 @@ class Complete:
     def __init__(self, owned: list[Owned], states: Mapping[Tensor, dict[str, Tensor]]) -> None:
         self.owned = owned
         self._params, self._states = list(states), list(states.values())
+        # Reading `optimizer.state[p]` leaves an empty one.
+        self._filled = list(map(bool, self._states))
         self._without = [param for _, param, _ in owned if not states.get(param)]
+
+    def keeps(self, states: Mapping[Tensor, dict[str, Tensor]]) -> bool:
+        """Whether these are the same states, of the same parameters."""
+        return same(states, self._params) and same(states.values(), self._states)
 
     def holds(self, owned: list[Owned], states: Mapping[Tensor, dict[str, Tensor]]) -> bool:
         """Whether these parameters still have these states, and no other needs one."""
         return (
             owned is self.owned
-            and same(states, self._params)
-            and same(states.values(), self._states)
-            and all(self._states)
+            and self.keeps(states)
+            and list(map(bool, self._states)) == self._filled
             and not any(param.requires_grad or param.grad is not None for param in self._without)
         )
 
@@ -125,17 +130,19 @@ class Bucket:
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = members
         self._states = [member.state for member in members]
-        self._stacks: dict[str, tuple[list[Tensor], Tensor]] = {}
+        self._stacks: dict[str, tuple[list[Tensor], list[int], Tensor]] = {}
         self._keys: tuple[int, Tensor] | None = None
         self._ones: Tensor | None = None
 
     def stack(self, key: str) -> Tensor:
         """Return an entry of all members' state as one tensor (count, ...) that shares their memory."""
         parts = [state[key] for state in self._states]
-        known, stack = self._stacks.get(key, ((), None))
-        if stack is None or not all(map(is_, parts, known)) or parts[0].data_ptr() != stack.data_ptr():
+        known, at, stack = self._stacks.get(key, ((), [], None))
+        # `part.data = ...` moves a part in memory, whose stack then is another's.
+        if stack is None or not all(map(is_, parts, known)) or [part.data_ptr() for part in parts] != at:
             stack = stacked(self._states, key)
-            self._stacks[key] = [state[key] for state in self._states], stack
+            parts = [state[key] for state in self._states]
+            self._stacks[key] = parts, [part.data_ptr() for part in parts], stack
         return stack
 
     def rounding_keys(self, seed: int) -> Tensor:

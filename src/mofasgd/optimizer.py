@@ -184,7 +184,11 @@ class MoFaSGD(FactoredOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        known = self._complete
         self.materialize()
+        if self._handle is not None and self._complete is not known:
+            # Sketches by the factors of another state are of no use.
+            self._handle.bind()
         gate = found_inf.reshape(()) == 0 if isinstance(found_inf, Tensor) else None
 
         arranged = self._check()
@@ -192,6 +196,17 @@ class MoFaSGD(FactoredOptimizer):
         if self._ranks is not None:
             # The exchange may have put rank 0's state in place of this rank's.
             arranged = self._arranged()
+        try:
+            self._advance(gate, arranged, exchanged, grad_scale)
+        except BaseException:
+            self._forget()
+            raise
+        return loss
+
+    def _advance(
+        self, gate: Tensor | None, arranged: Arrangement, exchanged: Exchange, grad_scale: Tensor | None
+    ) -> None:
+        """Take the step of all parameters and begin the next window."""
         updates = self._observe(gate, arranged, exchanged)
         observe_all([update for update in updates if isinstance(update, Update)])
         squares = self._taken.squares + [update.square_norms for update in updates]
@@ -207,7 +222,12 @@ class MoFaSGD(FactoredOptimizer):
         self._compare_often()
         if self._handle is not None:
             self._handle.next_window(arranged.buckets)
-        return loss
+
+    def _forget(self) -> None:
+        """Drop what a step that failed midway has left: gradients that are held, sketches, casts, what is pending."""
+        self._arrangement, self._pending, self._taken = None, None, Taken()
+        if self._handle is not None:
+            self._handle.renew()
 
     def _observe(self, gate: Tensor | None, arranged: Arrangement, exchanged: Exchange) -> list[Update | AdamWUpdate]:
         """Return the observed parameters with a gradient, the factored ones in batches."""
@@ -238,6 +258,11 @@ class MoFaSGD(FactoredOptimizer):
         for index, param, _ in self._inventory.owned:
             if (grad := param.grad) is not None and grad.is_sparse:
                 raise ValueError(f"parameter {index} has a sparse gradient: build its embedding with sparse=False")
+        if self._handle is not None:
+            for group in self.param_groups:
+                reads = group["algorithm"] == "mofasgd" and self._reads_gradient(group) is not None
+                if reads and any(param in self._handle.windows for param in group["params"]):
+                    self._refuse_full_gradient(group)
         return self._arranged()
 
     def _arranged(self) -> Arrangement:
@@ -281,12 +306,9 @@ class MoFaSGD(FactoredOptimizer):
         `windows` are theirs, as `_windows` returns them.
         """
         handle, some = self._handle, False
-        refused = self._reads_gradient(members[0].group) is not None
         for member, window in zip(members, repeat(None) if windows is None else windows):  # noqa: B905
             param = member.param
             if handle is not None and window is not None:
-                if refused:
-                    self._refuse_full_gradient(member.group)
                 member.gradient = handle.gradient(window)
             elif member.part is not None:
                 member.gradient = exchanged.windows.get(param)

@@ -41,7 +41,7 @@ MUTANTS = [
     Mutant(
         "factors are not polished",
         "algebra.py",
-        "return torch.baddbmm(weights, weights, excess, alpha=-0.5)",
+        "return torch.baddbmm(weights, weights, torch.baddbmm(excess, excess, excess, alpha=-0.75), alpha=-0.5)",
         "return weights",
         "test_solver.py::test_what_is_close_to_the_momentum_is_neither_lost_nor_skewed",
     ),
@@ -60,10 +60,17 @@ MUTANTS = [
         "test_kernels.py::test_the_given_order_stays_only_where_it_is_that_of_the_pivots",
     ),
     Mutant(
+        "directions that subspace iteration has lost stay lost",
+        "algebra.py",
+        "orthonormal(fourth @ completed(Y, core.shape[-1]), twice=False)[0]",
+        "orthonormal(fourth @ Y, twice=False)[0]",
+        "test_solver.py::test_subspace_iteration_loses_no_small_direction_of_the_momentum",
+    ),
+    Mutant(
         "too few subspace iterations",
         "algebra.py",
-        "for power in (core, core.mT, H, *[fourth] * _ITERATIONS):",
-        "for power in (core, core.mT):",
+        "for power in (core, core.mT, H, *[fourth] * (_ITERATIONS - 1)):",
+        "for power in ():",
         "test_solver.py::test_subspace_iteration_keeps_the_budget_too",
     ),
     Mutant(
@@ -146,7 +153,7 @@ MUTANTS = [
     Mutant(
         "state moved by others is not seen",
         "buckets.py",
-        " or parts[0].data_ptr() != stack.data_ptr()",
+        " or [part.data_ptr() for part in parts] != at",
         "",
         "test_stack.py::test_state_that_others_move_in_memory_is_found",
     ),
