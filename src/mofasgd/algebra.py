@@ -14,9 +14,9 @@ R W with small W. Between the two lies algebra of 2r x 2r matrices, one batch fo
 
 Where so little is left of a column that its Gram matrix has too few digits for it, the new factors are summed once more
 and corrected (`polished`). Budget against the exact update, as tests hold it: error at most 1.02 times the best
-rank-r error plus 1e-5 |beta M + Ghat|, columns orthonormal to 1e-5. Where momentum and gradient nearly cancel, those 1e-5
-are of the larger of the two: float32 holds no more. On CUDA, above rank 32, the core's leading right space comes from
-subspace iteration, which may miss the 1.02 where min(m, n) is little above r (1.036 was seen at 64 x 34, r 33);
+rank-r error plus 1e-5 |beta M + Ghat|, columns orthonormal to 1e-5. Where momentum and gradient nearly cancel, those
+1e-5 are of the larger of the two: float32 holds no more. On CUDA, above rank 32, the core's leading right space comes
+from subspace iteration, which may miss the 1.02 where min(m, n) is little above r (1.036 was seen at 64 x 34, r 33);
 otherwise nothing is approximate but rounding.
 """
 

@@ -195,9 +195,9 @@ MUTANTS = [
     Mutant(
         "a complement asked for later is ignored",
         "optimizer.py",
-        "if reads and any(param in self._handle.windows for param in group[\"params\"]):",
+        'if reads and any(param in self._handle.windows for param in group["params"]):',
         "if False:",
-        "test_attach.py::test_what_reads_the_full_gradient_is_refused_with_the_reason",
+        "test_attach_failures.py::test_a_step_refused_for_one_group_leaves_the_sketches_of_all",
     ),
     Mutant(
         "loss scales reach the sketches",
