@@ -211,7 +211,7 @@ MUTANTS = [
         "base.py",
         "            self._handle.renew()\n\n    def __getstate__",
         "            pass\n\n    def __getstate__",
-        "test_attach_failures.py::test_a_window_that_is_open_while_a_state_is_loaded_is_dropped",
+        "test_attach_changes.py::test_backward_through_a_window_that_was_given_up_raises",
     ),
     Mutant(
         "both sides by one test matrix",
