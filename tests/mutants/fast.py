@@ -15,7 +15,7 @@ MUTANTS = [
         "columns.py",
         "kept[matrix, chosen] = real = pivot > least",
         "kept[matrix, chosen] = real = pivot > 0",
-        "test_kernels.py::test_a_column_depends_on_others_by_its_distance_to_them",
+        "test_kernels_columns.py::test_a_column_depends_on_others_by_its_distance_to_them",
     ),
     Mutant(
         "columns taken in order, however little is left of them",
@@ -36,7 +36,7 @@ MUTANTS = [
         "kernels/columns.py",
         "j = tl.min(tl.where(left >= tl.minimum(share * most, enough), column, K), 0)",
         "j = tl.min(tl.where(left >= 0, column, K), 0)",
-        "test_kernels.py::test_a_column_of_which_little_is_left_waits_for_one_that_shows_its_direction_better",
+        "test_kernels_columns.py::test_a_column_of_which_little_is_left_waits_for_one_that_shows_its_direction_better",
     ),
     Mutant(
         "factors are not polished",
@@ -57,7 +57,7 @@ MUTANTS = [
         "kernels/columns.py",
         "bad = (pivot <= least) | (pivot < tl.minimum(share * tl.max(left, 1), enough))",
         "bad = pivot <= least",
-        "test_kernels.py::test_the_given_order_stays_only_where_it_is_that_of_the_pivots",
+        "test_kernels_columns.py::test_the_given_order_stays_only_where_it_is_that_of_the_pivots",
     ),
     Mutant(
         "directions that subspace iteration has lost stay lost",
@@ -120,21 +120,21 @@ MUTANTS = [
         "kernels/columns.py",
         "real = pivot > least",
         "real = pivot > 0",
-        "test_kernels.py::test_dependent_columns_are_left_out",
+        "test_kernels_columns.py::test_dependent_columns_are_left_out",
     ),
     Mutant(
         "the kernel orthogonalizes once",
         "kernels/columns.py",
         "tl.dot(N1, N2, out_dtype=tl.float64)",
         "N1",
-        "test_kernels.py::test_dependent_columns_are_left_out",
+        "test_kernels_columns.py::test_dependent_columns_are_left_out",
     ),
     Mutant(
         "blocks of the inverse without those between",
         "kernels/columns.py",
         "for between in range(i, j):",
         "for between in range(i, i + 1):",
-        "test_kernels.py::test_dependent_columns_are_left_out",
+        "test_kernels_columns.py::test_dependent_columns_are_left_out",
     ),
     Mutant(
         "norms of what overflows when squared",
@@ -204,14 +204,14 @@ MUTANTS = [
         "factored.py",
         "known = None if self.starts or self.problem is None",
         "known = None if self.problem is None",
-        "test_kernels.py::test_a_step_with_the_complement_is_the_step_by_torch",
+        "test_kernels_step.py::test_a_step_with_the_complement_is_the_step_by_torch",
     ),
     Mutant(
         "completion columns in what the complement leaves out",
         "kernels/factors.py",
         "own = _tile(U, rows, columns, m, rank) * real[None, :]",
         "own = _tile(U, rows, columns, m, rank)",
-        "test_kernels.py::test_a_step_with_the_complement_is_the_step_by_torch[dtype0-gram]",
+        "test_kernels_step.py::test_a_step_with_the_complement_is_the_step_by_torch[dtype0-gram]",
     ),
     Mutant(
         "the new half of the sketches read as the known one",
@@ -289,7 +289,7 @@ MUTANTS = [
         "        advance(V, GtU, self.weights.right, active, None, right)\n",
         "        right = None if right is None else right.copy_(V.mT)\n"
         "        advance(V, GtU, self.weights.right, active, None, None)\n",
-        "test_kernels.py::test_a_step_in_place_is_the_step_beside",
+        "test_kernels_step.py::test_a_step_in_place_is_the_step_beside",
     ),
     Mutant(
         "the first strip stands for all",
@@ -303,7 +303,7 @@ MUTANTS = [
         "kernels/columns.py",
         "rest = rest / (length[:, None] * length[None, :])",
         "pass",
-        "test_kernels.py::test_dependent_columns_are_left_out",
+        "test_kernels_columns.py::test_dependent_columns_are_left_out",
     ),
     Mutant(
         "a start without the test matrix",
@@ -317,14 +317,14 @@ MUTANTS = [
         "solver.py",
         "torch.autograd.graph.increment_version((U, V))",
         "pass",
-        "test_kernels.py::test_a_step_by_kernels_is_seen_by_autograd_and_leaves_the_state_whole",
+        "test_kernels_step.py::test_a_step_by_kernels_is_seen_by_autograd_and_leaves_the_state_whole",
     ),
     Mutant(
         "autograd does not see that a kernel moves the weights",
         "kernels/apply.py",
         "torch.autograd.graph.increment_version(weights)",
         "pass",
-        "test_kernels.py::test_a_step_by_kernels_is_seen_by_autograd_and_leaves_the_state_whole",
+        "test_kernels_step.py::test_a_step_by_kernels_is_seen_by_autograd_and_leaves_the_state_whole",
     ),
     Mutant(
         "decay of a shard's matrices by those of all",
@@ -345,7 +345,7 @@ MUTANTS = [
         "factored.py",
         "        # Nothing of the state changes before",
         "        self._count(active)\n        # Nothing of the state changes before",
-        "test_kernels.py::test_a_step_by_kernels_is_seen_by_autograd_and_leaves_the_state_whole",
+        "test_kernels_step.py::test_a_step_by_kernels_is_seen_by_autograd_and_leaves_the_state_whole",
     ),
     Mutant(
         "equal singular values rise by rounding",
