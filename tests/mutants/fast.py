@@ -46,6 +46,13 @@ MUTANTS = [
         "test_solver.py::test_what_is_close_to_the_momentum_is_neither_lost_nor_skewed",
     ),
     Mutant(
+        "what a product lacks is taken for its Gram matrix",
+        "kernels/gram.py",
+        "total = tl.where(left[:, None] == right[None, :], -1.0, 0.0).to(tl.float64)",
+        "total = tl.zeros((T, T), dtype=tl.float64)",
+        "test_kernels.py::test_what_a_product_lacks_to_be_orthonormal",
+    ),
+    Mutant(
         "what is close is lost",
         "algebra.py",
         "_LOST = 1e-11",
@@ -279,8 +286,8 @@ MUTANTS = [
     Mutant(
         "the sketch's half of the weights left out",
         "kernels/gram.py",
-        "W = weights + (2 * batch + side) * rank * rank",
-        "W = weights + 2 * batch * rank * rank",
+        "at = (side * rank + k)[:, None] * rank + columns[None, :]",
+        "at = k[:, None] * rank + columns[None, :]",
         "test_kernels.py::test_products_of_tall_matrices_are_those_of_float64",
     ),
     Mutant(

@@ -76,6 +76,23 @@ def _gram(U, S, parts, m, rank, chunk, across, BOTH: tl.constexpr, T: tl.constex
 
 
 @triton.jit
+def _columns_of(U, S, W, rows, columns, m, rank, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    """Return these rows and columns of [U S] W in float64, zeros outside."""
+    total = tl.zeros((M, N), dtype=tl.float64)
+    inside, own = (rows < m)[:, None], (columns < rank)[None, :]
+    for side in tl.static_range(2):
+        A = U if side == 0 else S
+        for start in range(0, rank, K):
+            k = start + tl.arange(0, K)
+            real = k < rank
+            A_k = tl.load(A + rows[:, None] * rank + k[None, :], mask=inside & real[None, :], other=0.0)
+            at = (side * rank + k)[:, None] * rank + columns[None, :]
+            W_k = tl.load(W + at, mask=real[:, None] & own, other=0.0)
+            total = tl.dot(A_k.to(tl.float64), W_k, total, out_dtype=tl.float64)
+    return total
+
+
+@triton.jit
 def _combine(
     U, S, weights, result, scale, other, active, m, rank,
     SCALED: tl.constexpr, TURNED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
@@ -91,18 +108,8 @@ def _combine(
     total = tl.zeros((M, N), dtype=tl.float64)
     moves = tl.load(active + batch)
     if moves:
-        for side in tl.static_range(2):
-            A = (U if side == 0 else S) + tall
-            W = weights + (2 * batch + side) * rank * rank
-            for start in range(0, rank, K):
-                k = start + tl.arange(0, K)
-                real = k < rank
-                A_k = tl.load(
-                    A + rows[:, None] * rank + k[None, :], mask=(rows < m)[:, None] & real[None, :], other=0.0
-                )
-                own = real[:, None] & (columns < rank)[None, :]
-                W_k = tl.load(W + k[:, None] * rank + columns[None, :], mask=own, other=0.0)
-                total = tl.dot(A_k.to(tl.float64), W_k, total, out_dtype=tl.float64)
+        W = weights + 2 * batch * rank * rank
+        total = _columns_of(U + tall, S + tall, W, rows, columns, m, rank, M, N, K)
         # All threads have read these rows of U.
         tl.debug_barrier()
         tl.store(result + at, total.to(tl.float32), mask=mask)
@@ -112,23 +119,6 @@ def _combine(
     if TURNED:
         turned = tall + columns[None, :].to(tl.int64) * m + rows[:, None]
         tl.store(other + turned, total.to(tl.float32).to(other.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _columns_of(U, S, W, rows, columns, m, rank, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
-    """Return these rows and columns of [U S] W in float64, zeros outside."""
-    total = tl.zeros((M, N), dtype=tl.float64)
-    inside, own = (rows < m)[:, None], (columns < rank)[None, :]
-    for side in tl.static_range(2):
-        A = U if side == 0 else S
-        for start in range(0, rank, K):
-            k = start + tl.arange(0, K)
-            real = k < rank
-            A_k = tl.load(A + rows[:, None] * rank + k[None, :], mask=inside & real[None, :], other=0.0)
-            at = (side * rank + k)[:, None] * rank + columns[None, :]
-            W_k = tl.load(W + at, mask=real[:, None] & own, other=0.0)
-            total = tl.dot(A_k.to(tl.float64), W_k, total, out_dtype=tl.float64)
-    return total
 
 
 @triton.jit
